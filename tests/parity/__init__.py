@@ -1,0 +1,1 @@
+"""Numbers from Flax that torchlift must reproduce: see README.md."""

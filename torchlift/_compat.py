@@ -1,0 +1,316 @@
+"""The only file that imports private parts of torch, with a guard where releases differ."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+
+def functorch_active() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad, jvp, functionalize) is in effect."""
+    # Not peek_interpreter_stack: in Dynamo's eyes that is never None.
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+def forward_ad_active() -> bool:
+    """Whether a level of ``torch.autograd.forward_ad`` is open."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def run_on_fakes(fn: Callable[..., Any], *trees: Any) -> Any:
+    """``fn`` of trees of tensors without storage: shapes and dtypes come out, nothing is computed or drawn."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = pytree.tree_map_only(torch.Tensor, lambda t: t if is_fake(t) else mode.from_tensor(t.detach()), trees)
+    with mode, torch.no_grad():
+        return fn(*fakes)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a fake tensor (shape, dtype and device without data)."""
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+NormBase = torch.nn.modules.batchnorm._NormBase
+
+
+# --- the engine: what is in effect around a call ------------------------------------------------------------------
+
+
+def dispatch_modes_active() -> bool:
+    """Whether a ``TorchDispatchMode`` sees every operator (its author would not see those inside a graph)."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def function_modes() -> list[Any]:
+    """The ``TorchFunctionMode`` stack, but for the default device."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+
+
+def compiler_forbidden() -> str | None:
+    """Why ``torch.compile`` is switched off in this process, or None."""
+    from torch._dynamo import config, eval_frame
+
+    if eval_frame._stance.stance == "force_eager":
+        return "torch.compiler.set_stance('force_eager')"
+    if config.disable:
+        return "torch.compile is disabled (TORCH_COMPILE_DISABLE)"
+    return None
+
+
+def saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The innermost pack and unpack of ``torch.autograd.graph.saved_tensors_hooks``, if any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def backward_keeps_graph() -> bool:
+    """Inside a backward: whether it was called with ``retain_graph=True``."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# --- the engine: graphs -------------------------------------------------------------------------------------------
+
+
+def new_fake_mode(symbolic: bool) -> FakeTensorMode:
+    """A fake tensor mode; ``symbolic`` ones can stand for many sizes.
+
+    NOTE [python dispatcher]: static captures carry no ``ShapeEnv``, so that torch does not trace through its Python
+    dispatcher.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv() if symbolic else None, allow_non_fake_inputs=True)
+
+
+def to_fake(mode: FakeTensorMode, like: torch.Tensor, dynamic_dims: frozenset[int], name: str) -> torch.Tensor:
+    """A fake of the size, stride, dtype and device of ``like``, the given dimensions symbolic."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    # A fresh tensor: ``like`` may be a view, and its base would be drawn into the fake.
+    blank = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=like.device)
+    if mode.shape_env is None:
+        return mode.from_tensor(blank)
+    sizes = [DimDynamic.DYNAMIC if d in dynamic_dims else DimDynamic.STATIC for d in range(like.ndim)]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(blank, symbolic_context=context, source=ConstantSource(name))
+
+
+def guards_of(mode: FakeTensorMode, fakes: list[torch.Tensor]) -> str | None:
+    """The conditions on sizes under which a capture with ``fakes`` holds, for :func:`guards_hold`."""
+    return None if mode.shape_env is None else mode.shape_env.produce_guards_expression(fakes)
+
+
+def guards_hold(mode: FakeTensorMode, guards: str | None, tensors: list[torch.Tensor]) -> bool:
+    """Whether ``tensors`` meet ``guards``."""
+    return not guards or mode.shape_env.evaluate_guards_expression(guards, tensors)
+
+
+def joint_graph(fn: Callable[..., Any], fakes: list[torch.Tensor], train: bool, inductor: bool) -> torch.fx.GraphModule:
+    """``fn(*fakes) -> list`` as one graph of ATen operators: ``(outputs, gradients)`` if ``train``, else the outputs."""
+    from torch._functorch import config
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch._inductor.decomposition import select_decomp_table
+
+    decompositions = select_decomp_table() if inductor else {}
+    # Backward runs outside of the autocast region, as eager's does.
+    with config.patch(backward_pass_autocast="off"):
+        graph: Any = aot_export_joint_simple(fn, tuple(fakes), trace_joint=train, decompositions=decompositions)
+    return graph
+
+
+def partition(
+    joint: torch.fx.GraphModule, fakes: list[Any], outputs: int, inductor: bool
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """Cuts a joint graph in a forward and a backward, minimising what passes between them."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.compile_fx import partition_fn
+
+    cut: Any = partition_fn if inductor and fakes else min_cut_rematerialization_partition
+    return cut(joint, fakes, num_fwd_outputs=outputs, static_lifetime_input_indices=[])
+
+
+class Inductor:
+    """Inductor for the graphs of one capture; the strides that the forward gives are passed on to the backward."""
+
+    def __init__(self, mode: FakeTensorMode, options: dict[str, Any]) -> None:
+        self.mode, self.options = mode, options
+
+    def __enter__(self) -> Inductor:
+        from contextlib import ExitStack
+
+        from torch._guards import TracingContext, tracing
+        from torch._inductor import config
+        from torch._inductor.virtualized import V
+
+        self.stack = ExitStack()
+        self.stack.enter_context(V.set_fake_mode(self.mode))
+        self.stack.enter_context(tracing(TracingContext(self.mode)))
+        self.stack.enter_context(config.patch(self.options))
+        self.stack.enter_context(torch._C._DisableAutocast())
+        self.stack.enter_context(torch.no_grad())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+
+    def forward(
+        self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool
+    ) -> tuple[Callable[[list[Any]], Any], list[Any] | None]:
+        """The compiled graph, called with a list that it empties, and the strides of its outputs where they are known."""
+        from torch._guards import TracingContext
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+        if not train and inputs:
+            graph = joint_graph_passes(graph)
+        output = next(iter(reversed(graph.graph.nodes)))
+        output.meta["user_visible_output_idxs"] = list(range(visible))
+        with TracingContext.report_output_strides() as strides:
+            compiled = compile_fx_inner(graph, inputs, is_inference=not train)
+        return _boxed(compiled), strides
+
+    def backward(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        output = next(iter(reversed(graph.graph.nodes)))
+        nodes = output.args[0]
+        output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
+        return _boxed(compile_fx_inner(graph, inputs, is_backward=True))
+
+
+def inductor_mode_options(mode: str | None) -> dict[str, Any]:
+    """The Inductor configuration that ``torch.compile(mode=...)`` stands for."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def registered_backend(name: str) -> Callable[..., Any]:
+    """The ``torch.compile`` backend of that name."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def _boxed(compiled: Any) -> Callable[[list[Any]], Any]:
+    if getattr(compiled, "_boxed_call", False):
+        return compiled
+    return lambda inputs: compiled(*inputs)
+
+UninitializedTensor = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo is tracing this code."""
+    return torch.compiler.is_dynamo_compiling()
+
+
+def is_tracing() -> bool:
+    """Whether operators are being recorded or run on fake tensors, by Dynamo or otherwise, rather than computed."""
+    if is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+
+def functorch_level(tensor: torch.Tensor) -> int:
+    """The level of the ``torch.func`` transform that wraps ``tensor``; -1 if none does."""
+    if is_compiling():  # Dynamo knows of no levels; AOTAutograd reports a write that it cannot express
+        return -1
+    return torch._C._functorch.maybe_get_level(tensor)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often ``tensor`` was written in place.
+
+    The wrappers that vmap makes do not count; what they wrap does.
+    """
+    if is_compiling():
+        return 0
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return -1 if tensor.is_inference() else tensor._version
+
+
+# --- the engine: rematerialisation --------------------------------------------------------------------------------
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """What is left of ``tensor`` without the wrappers of ``torch.func`` transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a ``torch.func`` transform put a wrapper around ``tensor``."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped_once(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without the wrapper of the innermost ``torch.func`` transform around it."""
+    return torch._C._functorch.get_unwrapped(tensor)
+
+
+def functorch_depth() -> int:
+    """How many ``torch.func`` transforms are in effect; the level of the innermost."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+def batched_marker() -> torch.Tensor | None:
+    """A tensor that every ``vmap`` in effect maps, or None where there is none."""
+    from torch._C._functorch import TransformType, _add_batch_dim
+    from torch._functorch import pyfunctorch
+
+    maps = [i for i in pyfunctorch.retrieve_all_functorch_interpreters() if i.key() == TransformType.Vmap]
+    if not maps:
+        return None
+    with pyfunctorch.temporarily_clear_interpreter_stack():
+        marker = torch.zeros([i.batch_size() for i in maps], dtype=torch.uint8)
+    for interpreter in maps:  # outermost first, as wrappers nest
+        marker = _add_batch_dim(marker, 0, interpreter.level())
+    return marker
+
+
+def tracked_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor.detach()`` that shares the count of in-place writes inside of a dispatch mode too."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def no_dispatch_modes() -> Any:
+    """A context in which no ``TorchDispatchMode`` sees what runs."""
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+@functools.cache
+def makes_fresh_results(op: Any) -> bool:
+    """Whether an operator's results are new tensors that depend on its arguments alone: no view, no write, no draw."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return True  # a higher-order operator
+    if writes_in_place(op) or torch.Tag.nondeterministic_seeded in op.tags or op.namespace == "prim":
+        return False
+    returns = op._schema.returns
+    return any("Tensor" in str(r.type) for r in returns) and all(r.alias_info is None for r in returns)
+
+
+@functools.cache
+def writes_in_place(op: Any) -> bool:
+    """Whether an operator writes into an argument."""
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
+
+
+def inductor_copies(op: Any) -> None:
+    """Makes Inductor, where it is in use, take ``op(x, ...)`` for a copy of ``x``, which fuses with its neighbours."""
+    import sys
+
+    module: Any = sys.modules.get("torch._inductor.lowering")
+    if module is not None and op not in module.lowerings:
+        module.register_lowering(op, type_promotion_kind=None)(lambda x, *rest: module.clone(x))

@@ -1,0 +1,39 @@
+"""What surrounds a body, per thread: captures of sown values, random streams, named axes.
+
+NOTE [Context]. A body may run again later, in the thread that runs backward. Whatever it reads from its surroundings
+is therefore kept here, where :func:`snapshot` and :func:`entered` can take it along, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class _Context(threading.local):
+    """One per thread; every field is replaced, never mutated, so that a snapshot stays what it was."""
+
+    def __init__(self) -> None:
+        self.captures: tuple[Any, ...] = ()  # variables.Capture, innermost last
+        self.streams: dict[str, tuple[int, int]] = {}  # name -> (seed, generators made so far)
+        self.refused: tuple[tuple[str, str], ...] = ()  # (stream, why and what to add)
+        self.axes: tuple[Any, ...] = ()  # axes.NamedAxis, innermost last
+        self.loops: int = 0  # depth of bodies that run in this thread
+
+
+context = _Context()
+
+
+@contextmanager
+def entered(**fields: Any) -> Iterator[_Context]:
+    """Sets fields of this thread's context for the duration of the block."""
+    before = {name: getattr(context, name) for name in fields}
+    for name, value in fields.items():
+        setattr(context, name, value)
+    try:
+        yield context
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)

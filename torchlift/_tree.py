@@ -1,0 +1,126 @@
+"""Pytrees: torch's own, with dataclasses that nobody registered taken as nodes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torchlift._compat import pytree
+from torchlift.errors import AxisError
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How to put leaves back: torch's TreeSpec, and for each of its leaves that is a dataclass a Spec of its own.
+
+    NOTE [Dataclasses in trees]. ``pytree.register_dataclass`` would do as well, but it changes what every other
+    library sees in that class, for the whole process.
+    """
+
+    outer: Any
+    inner: tuple[Any, ...]  # for each outer leaf: None, or (_Like, field names, Spec of the fields, their leaves)
+
+
+class _Like:
+    """An instance to copy. Equal to any other of its class: what differs between the two are leaves."""
+
+    def __init__(self, instance: Any):
+        self.instance = instance
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Like) and type(self.instance) is type(other.instance)
+
+    def __hash__(self) -> int:
+        return hash(type(self.instance))
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is a dataclass instance that torch's pytrees take for a leaf."""
+    return dataclasses.is_dataclass(x) and not isinstance(x, type) and type(x) not in pytree.SUPPORTED_NODES
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Spec]:
+    """The leaves of ``tree``, None and modules among them, and how to put them back."""
+    outer_leaves, outer = pytree.tree_flatten(tree, is_leaf)
+    leaves: list[Any] = []
+    inner: list[Any] = []
+    for leaf in outer_leaves:
+        if is_node(leaf):
+            names = tuple(field.name for field in dataclasses.fields(leaf))
+            sub_leaves, sub_spec = flatten([getattr(leaf, name) for name in names], is_leaf)
+            leaves.extend(sub_leaves)
+            inner.append((_Like(leaf), names, sub_spec, len(sub_leaves)))
+        else:
+            leaves.append(leaf)
+            inner.append(None)
+    return leaves, Spec(outer, tuple(inner))
+
+
+def unflatten(leaves: list[Any], spec: Spec) -> Any:
+    """The tree that :func:`flatten` took apart, with these leaves."""
+    outer_leaves: list[Any] = []
+    at = 0
+    for inner in spec.inner:
+        if inner is None:
+            outer_leaves.append(leaves[at])
+            at += 1
+        else:
+            template, names, sub_spec, count = inner
+            outer_leaves.append(_replace(template.instance, names, unflatten(leaves[at : at + count], sub_spec)))
+            at += count
+    return pytree.tree_unflatten(outer_leaves, spec.outer)
+
+
+def _replace(template: Any, names: tuple[str, ...], values: list[Any]) -> Any:
+    # Not dataclasses.replace: it runs __post_init__ again, which may look at values that are tracers now.
+    new = copy.copy(template)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(new, name, value)
+    return new
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``fn`` applied to each leaf."""
+    leaves, spec = flatten(tree)
+    return unflatten([fn(leaf) for leaf in leaves], spec)
+
+
+def paths(tree: Any) -> list[str]:
+    """A readable path for each leaf of ``tree``, in the order of :func:`flatten`."""
+    found: list[str] = []
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        here = pytree.keystr(path)
+        if is_node(leaf):
+            for field in dataclasses.fields(leaf):
+                found.extend(f"{here}.{field.name}{sub}" for sub in paths(getattr(leaf, field.name)))
+        else:
+            found.append(here)
+    return found
+
+
+def broadcast_prefix(prefix: Any, tree: Any, where: str, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """``prefix``, a tree of axes that is a prefix of ``tree``, with one axis for each leaf of ``tree``.
+
+    Axes are whatever is no list, tuple or dict: ints, None, ``broadcast``. A None in ``prefix`` covers a whole subtree.
+    """
+    if not isinstance(prefix, (list, tuple, dict)):
+        return [prefix] * len(flatten(tree, is_leaf)[0])
+    if isinstance(prefix, dict):
+        if not isinstance(tree, dict) or set(prefix) != set(tree):
+            raise AxisError(f"{where}: axes {prefix!r} do not fit a value with {_describe(tree)}")
+        children = [(prefix[key], tree[key]) for key in tree]
+    else:
+        if not isinstance(tree, (list, tuple)) or len(prefix) != len(tree) or (is_leaf is not None and is_leaf(tree)):
+            raise AxisError(f"{where}: axes {prefix!r} do not fit a value with {_describe(tree)}")
+        children = list(zip(prefix, tree, strict=True))
+    return [axis for sub, subtree in children for axis in broadcast_prefix(sub, subtree, where, is_leaf)]
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return f"keys {sorted(map(str, tree))}"
+    if isinstance(tree, (list, tuple)):
+        return f"{len(tree)} elements"
+    return f"type {type(tree).__name__}"

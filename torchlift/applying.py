@@ -1,0 +1,112 @@
+"""Running a module on given variables, without changing it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchlift._context import context, entered
+from torchlift.errors import VariableNameError
+from torchlift.filters import Filter, check, matches
+from torchlift.pack import Packed
+from torchlift.rng import seed_rngs
+from torchlift.variables import Capture, sow
+
+
+def apply(
+    module: nn.Module,
+    variables: Mapping[str, Mapping[str, Tensor]],
+    *args: Any,
+    method: str | Callable[..., Any] | None = None,
+    mutable: Filter = False,
+    rngs: Mapping[str, int] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Runs a module on given variables and changes nothing in it.
+
+    ``torch.func.functional_call`` is its base case; it composes with every ``torch.func`` transform.
+
+    Args:
+        module: the module.
+        variables: ``{collection: {dotted_name: tensor}}``. Those that are missing come from the module.
+        *args: for the method.
+        method: a method name, or a function ``(module, *args)``; the module's ``forward`` by default.
+        mutable: the collections that may change, or be sown; their new values are returned.
+        rngs: a seed for each random stream, as for ``seed_rngs``.
+        **kwargs: for the method.
+
+    Returns:
+        What the method returns; with ``mutable``, a pair of that and ``{collection: {dotted_name: tensor}}`` with all
+        variables of the mutable collections, with their graph, and what was sown in them (tuples).
+
+    Raises:
+        VariableNameError: a name is given that the module does not have.
+        ModifyCollectionError: a variable changed whose collection is not mutable.
+
+    Example:
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> out, updated = torchlift.apply(norm, {}, torch.ones(4, 2), mutable="batch_stats")
+        >>> updated["batch_stats"]["running_mean"], norm.running_mean
+        (tensor([0.1000, 0.1000]), tensor([0., 0.]))
+    """
+    label = f"apply({type(module).__name__})"
+    check(mutable, f"{label}: mutable")
+    outer = context.captures
+    frames = (*outer, Capture(mutable)) if mutable is not False else outer
+    with entered(captures=frames), seed_rngs(**rngs) if rngs else nullcontext():
+        packed = Packed(_method(module, method), module, args, kwargs, label)
+        packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
+        out, update = packed.pure(_overridden(packed, variables), packed.leaves)
+    for site, value in zip(update.meta.sites, update.sown, strict=True):
+        sow(packed.module_at(site), site.collection, site.name, value)  # for captures around this call
+    if mutable is False:
+        return out
+    updated: dict[str, dict[str, Any]] = {}
+    tensors = _overridden(packed, variables)
+    for entry, tensor in zip(packed.entries, tensors, strict=True):
+        if entry.root == 0 and matches(mutable, entry.collection) and entry.store != "attribute":
+            updated.setdefault(entry.collection, {})[entry.name] = tensor
+    for change, value in zip(update.meta.changes, update.changed, strict=True):
+        name = packed.entries[change.entry].name if change.how == "copy" else packed.nodes[change.node].dotted(change.key)
+        updated.setdefault(change.collection, {})[name] = value
+    for site, value in zip(update.meta.sites, update.sown, strict=True):
+        if matches(mutable, site.collection):
+            named = updated.setdefault(site.collection, {})
+            named[site.dotted_name] = (*named.get(site.dotted_name, ()), value)
+    return out, updated
+
+
+def _method(module: nn.Module, method: Any) -> Callable[..., Any]:
+    if method is None:
+        return lambda m, *args, **kwargs: m(*args, **kwargs)
+    if isinstance(method, str):
+        found = getattr(type(module), method, None)
+        if not callable(found):
+            raise VariableNameError(f"apply({type(module).__name__}): there is no method {method!r}")
+        return found
+    return method.__func__ if isinstance(method, types.MethodType) else method
+
+
+def _overridden(packed: Packed, variables: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
+    """The tensor of each entry, those that are given instead of the module's own."""
+    places = {
+        (collection, name): at
+        for at, entry in enumerate(packed.entries)
+        if entry.root == 0
+        for name, collection in entry.paths
+    }
+    tensors = list(packed.tensors)
+    for collection, named in variables.items():
+        for name, tensor in named.items():
+            if (collection, name) not in places:
+                known = sorted(known for c, known in places if c == collection)
+                raise VariableNameError(
+                    f"{packed.label}: got a variable {name!r} of collection {collection!r}, expected one of "
+                    f"{known or sorted({c for c, _ in places})}"
+                )
+            tensors[places[collection, name]] = tensor
+    return tensors

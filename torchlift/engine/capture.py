@@ -1,0 +1,384 @@
+"""From a body to graphs: one or several iterations traced on fake tensors, forward and backward, and cut in two.
+
+Tracing is not strict: the body's Python runs once, on tensors without data, and what operators it called is the
+graph. So a body must not depend on values of tensors, and what it reads besides its inputs must be in its key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
+
+from torchlift import _compat
+from torchlift.engine.loop import Body, check_carry
+from torchlift.engine.trees import Template, Tree, split
+
+
+class CaptureError(Exception):
+    """A body cannot be captured; the message is the reason. Never leaves the engine: the plain loop runs."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the non-tensor side of a capture depends on: the templates of consts, of the carry, and of each x."""
+
+    consts: Template
+    carry: Template
+    xs: tuple[Template, ...]
+
+    @property
+    def tensors(self) -> int:
+        return self.consts.tensors + self.carry.tensors + sum(x.tensors for x in self.xs)
+
+
+@dataclass
+class Probe:
+    """What one fake run of the iterations tells."""
+
+    closures: list[torch.Tensor]  # tensors that the body reads and that are not among its inputs
+    mutated: list[bool]  # per input: whether the body writes into it
+    aliased: list[bool]  # per output: whether it shares memory with an input or an earlier output
+    ys: tuple[Template, ...]
+    carries: int
+    outputs: list[torch.Tensor]  # carry, then the ys
+    random: bool
+
+    @property
+    def requires_grad(self) -> list[bool]:
+        return [out.requires_grad for out in self.outputs]
+
+
+@dataclass
+class Graphs:
+    """The forward and backward graph of some iterations, and how the values that backward needs reach it.
+
+    The forward takes consts, carry, xs and closures, and returns carry, ys and saved values. ``feeds`` says where
+    each input of the backward comes from: ("saved", i), ("input", i), or ("tangent", i), i an output's number. The
+    backward returns a gradient, or None, for every input of the forward.
+    """
+
+    fw: torch.fx.GraphModule
+    bw: torch.fx.GraphModule | None
+    fw_inputs: list[Any]
+    bw_inputs: list[Any]
+    outputs: int
+    feeds: list[tuple[str, int]] = field(default_factory=list)
+    shared_grads: list[bool] = field(
+        default_factory=list
+    )  # per input: its gradient may share memory with another value
+    recomputed: int = 0
+
+
+def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list[Tree]]]:
+    """The iterations of ``signature`` as a function of flat tensors, in the order consts, carry, xs."""
+
+    def fn(*tensors: torch.Tensor) -> tuple[Tree, list[Tree]]:
+        at = signature.consts.tensors
+        consts = signature.consts.fill(tensors[:at])
+        carry = signature.carry.fill(tensors[at : at + signature.carry.tensors])
+        at += signature.carry.tensors
+        ys = []
+        for x in signature.xs:
+            old = carry
+            expected, spec = pytree.tree_flatten(carry)
+            carry, y = body.fn(consts, carry, x.fill(tensors[at : at + x.tensors]))
+            check_carry(body.name, old, expected, spec, carry)
+            at += x.tensors
+            ys.append(y)
+        return carry, ys
+
+    return fn
+
+
+class _Spy(TorchDispatchMode):
+    """Notes the real tensors that operators are given, and whether any operator draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, torch.Tensor] = {}
+        self.random = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.random = self.random or _draws(func, args, kwargs)
+        # torch.tensor(3.0) in a body makes a real tensor and lifts it; that one is a constant of the graph.
+        if func is not torch.ops.aten.lift_fresh.default:
+            real = [t for t in pytree.tree_leaves((args, kwargs)) if _is_real(t)]
+            for tensor in real:
+                self.found.setdefault(id(tensor), tensor)
+            if real and func._schema.is_mutable and _is_real(args[0]):
+                raise CaptureError(f"the body writes into a tensor that is not among its inputs ({func})")
+        return func(*args, **kwargs)
+
+
+def _is_real(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not _compat.is_fake(leaf)
+
+
+class _Substitute(TorchFunctionMode):
+    """Puts one tensor in the place of another, above autograd, so that gradients reach the one put in."""
+
+    def __init__(self, originals: Sequence[torch.Tensor], stand_ins: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.map = {id(a): b for a, b in zip(originals, stand_ins)}
+
+    def swap(self, tree: Tree) -> Tree:
+        return pytree.tree_map_only(torch.Tensor, lambda t: self.map.get(id(t), t), tree)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*self.swap(args), **self.swap(kwargs or {}))
+
+
+def substituted(fn: Callable[..., Any], originals: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """``fn`` with its closed-over ``originals`` as further arguments at the end."""
+    if not originals:
+        return fn
+
+    def with_closures(*tensors: torch.Tensor) -> Any:
+        inputs, stand_ins = tensors[: -len(originals)], tensors[-len(originals) :]
+        with _Substitute(originals, stand_ins) as mode:
+            return mode.swap(fn(*inputs))
+
+    return with_closures
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """NOTE [autocast cache]: casts of fakes must not end up in the cache of real ones."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: bool) -> Probe:
+    """Runs the iterations on ``fakes`` and reports."""
+    spy = _Spy()
+    with _quiet(), mode, torch.set_grad_enabled(train):
+        # Clones, so that an in-place write into a leaf that requires grad is no error here.
+        inputs = [fake.clone() for fake in fakes]
+        versions = [t._version for t in inputs]
+        with spy:
+            carry, ys = fn(*inputs)
+    flat_carry, _ = split(carry)
+    flat_ys = [split(y) for y in ys]
+    outputs = flat_carry + [t for tensors, _ in flat_ys for t in tensors]
+    for out in outputs:
+        if not _compat.is_fake(out):
+            spy.found.setdefault(id(out), out)
+    return Probe(
+        closures=list(spy.found.values()),
+        mutated=[t._version != v for t, v in zip(inputs, versions)],
+        aliased=_aliased(outputs, inputs),
+        ys=tuple(template for _, template in flat_ys),
+        carries=len(flat_carry),
+        outputs=outputs,
+        random=spy.random,
+    )
+
+
+def _aliased(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[bool]:
+    """Per output: whether it shares memory with an input or an earlier output, or is a view of something inside."""
+    used = {t.untyped_storage()._cdata for t in inputs}
+    flags = []
+    for out in outputs:
+        cell = out.untyped_storage()._cdata
+        flags.append(cell in used or out._is_view())
+        used.add(cell)
+    return flags
+
+
+def fake_closures(closures: list[torch.Tensor], mode: Any, train: bool) -> list[torch.Tensor]:
+    return [
+        _compat.to_fake(mode, t, frozenset(), f"closure{i}").requires_grad_(train and t.requires_grad)
+        for i, t in enumerate(closures)
+    ]
+
+
+def trace(
+    fn: Callable[..., Any],
+    seen: Probe,
+    carry_at: int,
+    fakes: list[torch.Tensor],
+    *,
+    train: bool,
+    inductor: bool,
+    policy: Callable[..., Any] | None,
+) -> Graphs:
+    """Captures ``fn``, the iterations, on ``fakes`` and partitions them; the carry's tensors start at ``carry_at``.
+
+    NOTE [fresh outputs]: no output shares memory with an input or with another output. An autograd node and a custom
+    operator must not return their inputs, and a body that returns its carry as y would otherwise hand out two names of
+    one memory. Compiled, the copy is one more store in a kernel that runs anyway.
+    """
+    carry_likes = fakes[carry_at : carry_at + seen.carries]
+
+    def flat(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        carry, ys = fn(*(t.clone() if mutated else t for t, mutated in zip(inputs, seen.mutated)))
+        outputs = split(carry)[0] + [t for y in ys for t in split(y)[0]]
+        outputs = [out.clone() if aliased else out for out, aliased in zip(outputs, seen.aliased)]
+        return [like_strided(out, like) for out, like in zip(outputs, carry_likes)] + outputs[len(carry_likes) :]
+
+    with _quiet(), torch.set_grad_enabled(train):
+        joint = _compat.joint_graph(flat, fakes, train, inductor)
+    _require_no_lost_gradient(joint)
+    count = len(seen.outputs)
+    if not train:
+        return Graphs(joint, None, list(fakes), [], count)
+    _tag(joint, policy)
+    holders = [node for node in joint.graph.nodes if node.op == "placeholder"]
+    names, vals = [node.name for node in holders], [node.meta["val"] for node in holders]
+    fw, bw = _compat.partition(joint, vals, count, inductor)
+    return _wire(fw, bw, names[: len(fakes)], names[len(fakes) :], count, seen.requires_grad)
+
+
+def like_strided(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``out`` with dimensions laid out in memory in the order of those of ``like``, copied only if they are not."""
+    order = stride_order(like)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return out.permute(order).contiguous().permute(back) if order != sorted(order) else out.contiguous()
+
+
+def stride_order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions from the one with the largest stride to the one with the smallest."""
+    if tensor.is_contiguous():
+        return list(range(tensor.ndim))
+    return sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d) if tensor.size(d) > 1 else 0)
+
+
+def _require_no_lost_gradient(joint: torch.fx.GraphModule) -> None:
+    for node in joint.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(joint, str(node.target), None)
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise CaptureError("a closed-over tensor that requires grad would lose its gradient")
+
+
+def _is_forward(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and node.meta.get("partitioner_tag") != "is_backward"
+
+
+def draws(node: torch.fx.Node) -> bool:
+    """Whether an operator of a graph draws from a generator."""
+    return isinstance(node.target, torch._ops.OpOverload) and _draws(node.target, node.args, node.kwargs)
+
+
+def _draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Attention operators bear the tag of those that draw, and draw only if their ``dropout_p`` is not 0."""
+    if torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return given != 0.0
+    return True
+
+
+def _tag(joint: torch.fx.GraphModule, policy: Callable[..., Any] | None) -> None:
+    """Tells the partitioner what to save. NOTE [random operators]: always saved, a second draw would differ."""
+    for node in joint.graph.nodes:
+        if not _is_forward(node) or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if draws(node):
+            node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, 0
+        elif policy is not None:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+            verdict = policy(None, node.target, *args, **kwargs)
+            if isinstance(verdict, bool):
+                verdict = CheckpointPolicy.MUST_SAVE if verdict else CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["recompute"], node.meta["ac_graph_id"] = verdict, 0
+
+
+def _wire(
+    fw: torch.fx.GraphModule,
+    bw: torch.fx.GraphModule,
+    primals: list[str],
+    tangents: list[str],
+    count: int,
+    requires_grad: list[bool],
+) -> Graphs:
+    """Leaves out of the forward's outputs what is one of its inputs, and says where backward gets everything."""
+    output = next(iter(reversed(fw.graph.nodes)))
+    outs = list(output.args[0])
+    outs[count:] = [_view_in_backward(node, bw) for node in outs[count:]]
+    saved = [node for node in outs[count:] if node.op != "placeholder"]
+    output.args = (tuple(outs[:count] + saved),)
+    fw.graph.lint()
+    fw.recompile()
+    source: dict[str, tuple[str, int]] = {name: ("input", i) for i, name in enumerate(primals)}
+    source |= {node.name: ("saved", i) for i, node in enumerate(saved)}
+    differentiable = [i for i, flag in enumerate(requires_grad) if flag]
+    source |= {name: ("tangent", i) for name, i in zip(tangents, differentiable, strict=True)}
+    holders = [node for node in bw.graph.nodes if node.op == "placeholder"]
+    missing = [node.name for node in holders if node.name not in source]
+    if missing:
+        raise CaptureError(f"the backward needs {missing}, which nothing gives")
+    forward_names = {node.name for node in fw.graph.nodes if node.op == "call_function"}
+    fw_names = [node for node in fw.graph.nodes if node.op == "placeholder"]
+    return Graphs(
+        fw,
+        bw,
+        [node.meta["val"] for node in fw_names],
+        [node.meta["val"] for node in holders],
+        count,
+        [source[node.name] for node in holders],
+        _shared(bw),
+        sum(node.op == "call_function" and node.name in forward_names for node in bw.graph.nodes),
+    )
+
+
+def _view_in_backward(saved: torch.fx.Node, bw: torch.fx.GraphModule) -> torch.fx.Node:
+    """What to save for ``saved``: where it is a view of an input (a transposed weight), the input; backward views it."""
+    chain = []
+    node = saved
+    while node.op == "call_function" and getattr(node.target, "is_view", False):
+        if any(isinstance(a, torch.fx.Node) for a in node.all_input_nodes[1:]):
+            return saved
+        chain.append(node)
+        node = node.all_input_nodes[0]
+    if not chain or node.op != "placeholder":
+        return saved
+    holders = {n.name: n for n in bw.graph.nodes if n.op == "placeholder"}
+    if saved.name not in holders:
+        return saved
+    old, new = holders[saved.name], holders.get(node.name)
+    if new is None:
+        with bw.graph.inserting_before(old):
+            new = bw.graph.placeholder(node.name)
+        new.meta = dict(node.meta)
+    with bw.graph.inserting_before(next(n for n in bw.graph.nodes if n.op != "placeholder")):
+        env = {node: new}
+        for view in reversed(chain):
+            env[view] = bw.graph.node_copy(view, lambda n: env[n])
+    old.replace_all_uses_with(env[saved])
+    bw.graph.erase_node(old)
+    bw.recompile()
+    return node
+
+
+def _shared(bw: torch.fx.GraphModule) -> list[bool]:
+    """Per gradient: whether it shares memory with an input of the backward or with another gradient."""
+    seen = {node.meta["val"].untyped_storage()._cdata for node in bw.graph.nodes if _is_tensor_input(node)}
+    flags = []
+    for node in next(iter(reversed(bw.graph.nodes))).args[0]:
+        value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+        cell = value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+        flags.append(cell in seen)
+        if cell is not None:
+            seen.add(cell)
+    return flags
+
+
+def _is_tensor_input(node: torch.fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)

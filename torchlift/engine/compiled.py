@@ -1,0 +1,289 @@
+"""Finding, or making, the compiled program for a body and its inputs. Bounded caches; one lock around compilation."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from torchlift import _compat
+from torchlift.engine import capture
+from torchlift.engine.capture import CaptureError, Signature, stride_order
+from torchlift.engine.graphs import Backend, compile_graphs
+from torchlift.engine.loop import Body
+from torchlift.engine.node import Program, tangent_orders
+from torchlift.errors import TorchliftError
+
+log = logging.getLogger(__name__)
+
+SIGNATURES = 512  # exact signatures remembered
+FAMILIES = 128  # bodies, up to sizes, whose programs are kept
+PROGRAMS = 16  # programs of one family
+
+
+@dataclass(frozen=True)
+class Request:
+    """A program wanted: iterations of ``body`` on tensors like ``tensors`` (consts, carry, the x of each step)."""
+
+    body: Body
+    signature: Signature
+    tensors: list[torch.Tensor]
+    flags: tuple[bool, ...]  # which of them are to get gradients; the carry's may differ from what its tensors say
+    train: bool
+    backend: Backend
+    policy: Callable[..., Any] | None
+
+    def common(self) -> tuple[Hashable, ...]:
+        key = (self.body.key, self.signature, self.train, self.backend, self.policy, environment())
+        try:
+            hash(key)
+        except TypeError as error:
+            raise CaptureError(f"a value among the inputs is neither a tensor nor hashable ({error})") from None
+        return key
+
+    def exact(self, common: tuple[Hashable, ...]) -> Hashable:
+        return (common, self.flags, tuple(tensor_key(t) for t in self.tensors))
+
+    def family(self, common: tuple[Hashable, ...]) -> Hashable:
+        return (common, self.flags, tuple(_family_key(t) for t in self.tensors))
+
+
+@dataclass
+class _Variant:
+    """A program and the sizes it serves."""
+
+    program: Program
+    closure_likes: list[tuple[Any, ...]]
+    mode: Any = None
+    guards: str | None = None
+    symbolic: bool = False
+
+    def serves(self, tensors: list[torch.Tensor]) -> bool:
+        return self.symbolic and _compat.guards_hold(self.mode, self.guards, tensors)
+
+
+@dataclass
+class _Family:
+    """Requests that differ only in sizes: the sizes seen, and the programs made."""
+
+    sizes: list[tuple[torch.Size, ...]] = field(default_factory=list)
+    variants: list[_Variant] = field(default_factory=list)
+
+
+_lock = threading.RLock()
+_exact: OrderedDict[Hashable, _Variant | str] = OrderedDict()  # a string: why it cannot be compiled
+_families: OrderedDict[Hashable, _Family] = OrderedDict()
+compilations: Counter[Hashable] = Counter()  # captures per body key
+
+
+def clear_cache() -> None:
+    """Forgets all compiled programs."""
+    with _lock:
+        _exact.clear()
+        _families.clear()
+        compilations.clear()
+
+
+def environment() -> tuple[Hashable, ...]:
+    """What a capture depends on besides the body and its inputs."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    return (
+        autocast,
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
+
+
+def tensor_key(t: torch.Tensor) -> tuple[Hashable, ...]:
+    return (t.shape, t.stride(), t.dtype, t.device)
+
+
+def _family_key(t: torch.Tensor) -> tuple[Hashable, ...]:
+    return (t.ndim, tuple(stride_order(t)), t.is_contiguous(), t.dtype, t.device)
+
+
+def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
+    """The program for ``request`` and the closed-over tensors to call it with; :class:`CaptureError` says why not."""
+    common = request.common()
+    exact = request.exact(common)
+    found = _exact.get(exact)
+    if isinstance(found, _Variant) and not found.closure_likes:
+        return found.program, []
+    # Fakes and graphs are made outside of the caller's inference mode: its tensors could not be traced.
+    with _lock, torch.inference_mode(False):
+        found = _exact.get(exact)
+        if isinstance(found, str):
+            raise CaptureError(found)
+        if isinstance(found, _Variant):
+            closures = _closures(request, found)
+            if closures is not None:
+                return found.program, closures
+        try:
+            variant, closures = _make(request, common)
+        except TorchliftError:
+            raise  # a carry that changes, and the like: what the plain loop would say
+        except Exception as error:
+            reason = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
+            reason = textwrap.shorten(reason.strip().split("\n")[0], 200)
+            _remember(exact, reason)
+            raise CaptureError(reason) from error
+        _remember(exact, variant)
+        return variant.program, closures
+
+
+def _remember(exact: Hashable, what: _Variant | str) -> None:
+    _exact[exact] = what
+    _exact.move_to_end(exact)
+    while len(_exact) > SIGNATURES:
+        _exact.popitem(last=False)
+
+
+def _closures(request: Request, variant: _Variant) -> list[torch.Tensor] | None:
+    """The tensors that the body closes over now, if ``variant`` was made for such.
+
+    NOTE [closures]: a closed-over tensor may be another one at the next call, which no key shows. So bodies that have
+    any are run on fakes at each call to find them; bodies that take all their tensors as inputs pay nothing.
+    """
+    seen = _settle(request)[1]
+    return seen if [_closure_key(t, request) for t in seen] == variant.closure_likes else None
+
+
+def _closure_key(t: torch.Tensor, request: Request) -> tuple[Hashable, ...]:
+    return (*tensor_key(t), request.train and t.requires_grad)
+
+
+def _fakes(request: Request, mode: Any, dims: list[frozenset[int]]) -> list[torch.Tensor]:
+    return [
+        _compat.to_fake(mode, t, d, f"t{i}").requires_grad_(flag)
+        for i, (t, d, flag) in enumerate(zip(request.tensors, dims, request.flags))
+    ]
+
+
+def _static(request: Request) -> list[frozenset[int]]:
+    return [frozenset()] * len(request.tensors)
+
+
+def _settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
+    """``request`` with the flags that its carry has after some iterations, and the tensors its body closes over.
+
+    A carry that starts without grad gets one from the first iteration; one program serves them all.
+    """
+    fn = capture.unrolled(request.body, request.signature)
+    a = request.signature.consts.tensors
+    b = a + request.signature.carry.tensors
+    while True:
+        mode = _compat.new_fake_mode(symbolic=False)
+        seen = capture.probe(fn, _fakes(request, mode, _static(request)), mode, request.train)
+        flags = list(request.flags)
+        flags[a:b] = [flag or out for flag, out in zip(flags[a:b], seen.requires_grad)]
+        if tuple(flags) == request.flags:
+            return request, seen.closures
+        request = replace(request, flags=tuple(flags))
+
+
+def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[_Variant, list[torch.Tensor]]:
+    """A program from the family of ``request``, symbolic where sizes differ from those seen before."""
+    request, closures = _settle(request)
+    exact, key = request.exact(common), request.family(common)
+    likes = [_closure_key(t, request) for t in closures]
+    known = _exact.get(exact)
+    if isinstance(known, _Variant) and known.closure_likes == likes:
+        return known, closures
+    family = _families.setdefault(key, _Family())
+    _families.move_to_end(key)
+    while len(_families) > FAMILIES:
+        _families.popitem(last=False)
+    sizes = tuple(t.shape for t in request.tensors)
+    variant = next((v for v in family.variants if v.closure_likes == likes and v.serves(request.tensors)), None)
+    if variant is None:
+        dims = _dynamic_dims(request, family, sizes)
+        if any(dims):
+            try:
+                variant = _capture(request, dims, closures)
+            except TorchliftError:
+                raise
+            except Exception as error:  # symbolic sizes cannot always be had; one program a size can
+                log.debug("%s: no symbolic sizes: %s", request.body.name, error)
+        family.sizes.append(sizes)
+        if variant is None:
+            variant = _capture(request, _static(request), closures)
+        family.variants.append(variant)
+        del family.variants[:-PROGRAMS], family.sizes[:-PROGRAMS]
+    _remember(exact, variant)
+    return variant, closures
+
+
+def _dynamic_dims(request: Request, family: _Family, sizes: tuple[torch.Size, ...]) -> list[frozenset[int]]:
+    """Dimensions to make symbolic: those whose size was another before, and is not 0 or 1 now."""
+    dynamic = request.backend.dynamic
+    dims = []
+    for i, size in enumerate(sizes):
+        if dynamic is True:
+            # Weights keep their size.
+            changing = set(range(len(size))) if i >= request.signature.consts.tensors else set()
+        elif dynamic is False:
+            changing = set()
+        else:
+            changing = {d for d in range(len(size)) if any(before[i][d] != size[d] for before in family.sizes)}
+        dims.append(frozenset(d for d in changing if size[d] > 1))
+    return dims
+
+
+def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor]) -> _Variant:
+    symbolic = any(dims)
+    train, signature = request.train, request.signature
+    mode = _compat.new_fake_mode(symbolic)
+    fn = capture.substituted(capture.unrolled(request.body, signature), closures)
+    a = signature.consts.tensors
+    fakes = _fakes(request, mode, dims) + capture.fake_closures(closures, mode, train)
+    seen = capture.probe(fn, fakes, mode, train)
+    if seen.closures:
+        raise CaptureError("the body hands a closed-over tensor to code that hides it; pass it as an argument")
+    train = train and any(seen.requires_grad)
+    inductor = request.backend.inductor
+    graphs = capture.trace(fn, seen, a, fakes, train=train, inductor=inductor, policy=request.policy)
+    orders = tangent_orders(graphs.bw_inputs, graphs.feeds)
+    saved = _saved_bytes(graphs)
+    fw, bw = compile_graphs(graphs, mode, request.backend)
+    compilations[request.body.key] += 1
+    program = Program(
+        fw=fw,
+        bw=bw,
+        feeds=graphs.feeds,
+        tangent_orders=orders,
+        shared_grads=graphs.shared_grads,
+        steps=len(signature.xs),
+        consts=a,
+        carries=signature.carry.tensors,
+        ys=seen.ys,
+        requires_grad=seen.requires_grad if train else [False] * len(seen.outputs),
+        random=seen.random,
+        saved_bytes=saved,
+        recomputed=graphs.recomputed,
+        closures=len(closures),
+    )
+    guards = _compat.guards_of(mode, fakes) if symbolic else None
+    likes = [_closure_key(t, request) for t in closures]
+    return _Variant(program, likes, mode if symbolic else None, guards, symbolic)
+
+
+def _saved_bytes(graphs: capture.Graphs) -> int:
+    """Bytes that pass from forward to backward in one call, less those of its inputs."""
+    total = 0
+    for value, (kind, _) in zip(graphs.bw_inputs, graphs.feeds):
+        if kind == "saved" and isinstance(value, torch.Tensor):
+            total += int(value.numel()) * value.element_size()
+    return total

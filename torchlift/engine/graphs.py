@@ -1,0 +1,108 @@
+"""Compiling the graphs of a capture, by Inductor or another backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchlift import _compat
+from torchlift.engine.capture import Graphs, draws
+
+Boxed = Callable[[list[Any]], Any]  # takes a list, which it empties
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the ``compile`` argument asks for; options of ``torch.compile``."""
+
+    name: Any = "inductor"
+    mode: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    dynamic: bool | None = None
+
+    @staticmethod
+    def of(compile: bool | dict[str, Any]) -> Backend:
+        """Reads ``compile=``; unknown keys are refused."""
+        if not isinstance(compile, dict):
+            return Backend()
+        given = dict(compile)
+        given.pop("fullgraph", None)  # a body is always captured whole
+        name = given.pop("backend", "inductor")
+        mode = given.pop("mode", None)
+        options = tuple(sorted((given.pop("options", None) or {}).items()))
+        dynamic = given.pop("dynamic", None)
+        if given:
+            raise ValueError(f"compile= has {sorted(given)}, expected backend, mode, options, dynamic, fullgraph")
+        return Backend(name, mode, options, dynamic)
+
+    @property
+    def inductor(self) -> bool:
+        return self.name == "inductor"
+
+
+def compile_graphs(graphs: Graphs, mode: Any, backend: Backend) -> tuple[Boxed, Boxed | None]:
+    """The forward and the backward of ``graphs``, ready to be called with a list of tensors."""
+    if not backend.inductor:
+        build = _runner(backend.name)
+        with torch.no_grad():
+            fw = build(graphs.fw, graphs.fw_inputs)
+            return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
+    with _compat.Inductor(mode, _options(graphs, backend)) as inductor:
+        fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None)
+        if graphs.bw is None:
+            return fw, None
+        if strides is not None:
+            _restride(graphs, strides)
+        return fw, inductor.backward(graphs.bw, graphs.bw_inputs)
+
+
+def _options(graphs: Graphs, backend: Backend) -> dict[str, Any]:
+    options = _compat.inductor_mode_options(backend.mode) | dict(backend.options)
+    # NOTE [cudagraphs]: a graph that is replayed overwrites what it gave before, and here one graph runs many times
+    # while its earlier outputs live. Off until the whole loop is recorded as one.
+    options["triton.cudagraphs"] = False
+    if any(draws(node) for node in graphs.fw.graph.nodes):
+        # NOTE [randomness]: the same draws as eager's, from the same generator, in the same order.
+        options.setdefault("fallback_random", True)
+        options.setdefault("reorder_for_peak_memory", False)
+    return options
+
+
+def _restride(graphs: Graphs, strides: list[Any]) -> None:
+    """Saved values reach backward with the strides that Inductor chose in forward, not with those that were traced."""
+    for at, (kind, i) in enumerate(graphs.feeds):
+        if kind != "saved":
+            continue
+        stride, value = strides[graphs.outputs + i], graphs.bw_inputs[at]
+        if stride is None or not isinstance(value, torch.Tensor):
+            continue
+        if any(isinstance(s, torch.SymInt) for s in value.stride()):
+            continue  # Inductor keeps the layout where sizes are symbolic
+        wanted = tuple(int(s) for s in stride)
+        if value.stride() != wanted:
+            graphs.bw_inputs[at] = value.as_strided(value.size(), wanted)
+
+
+def _runner(name: Any) -> Callable[[torch.fx.GraphModule, list[Any]], Boxed]:
+    if callable(name):
+        build = name
+    elif name in ("eager", "aot_eager"):
+        return lambda graph, _: _unboxed(graph)
+    else:
+        build = _compat.registered_backend(name)
+    return lambda graph, inputs: _unboxed(build(graph, inputs))
+
+
+def _unboxed(fn: Callable[..., Any]) -> Boxed:
+    if getattr(fn, "_boxed_call", False):
+        return fn
+
+    def call(inputs: list[Any]) -> Any:
+        args = tuple(inputs)
+        inputs.clear()
+        return fn(*args)
+
+    return call

@@ -1,0 +1,207 @@
+"""The loop as a definition: what every compiled path must equal.
+
+The engine knows pytrees of tensors and nothing of modules. A :class:`Body` is one iteration,
+``(consts, carry, x) -> (carry, y)``; :func:`plain_run` calls it in an ordinary Python loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torchlift import _compat
+from torchlift.engine.draws import devices_of, read_states, write_states
+
+Tree = Any
+
+
+class CarryError(ValueError):
+    """The carry of a loop came out of an iteration with another structure, shape or dtype than it went in with."""
+
+    def __init__(self, name: str, path: str, got: str, expected: str) -> None:
+        self.path, self.got, self.expected = path, got, expected
+        super().__init__(
+            f"{name}: carry{path} came out of an iteration as {got}, expected {expected}: "
+            "a body must return its carry with the structure, shapes and dtypes it was given"
+        )
+
+
+@dataclass(frozen=True)
+class Body:
+    """One iteration of a loop.
+
+    ``fn(consts, carry, x) -> (carry, y)`` takes and returns pytrees and is pure, but for draws from torch's default
+    generators. ``key`` is a content key: two bodies with equal keys, given inputs of equal signature, compute the
+    same thing. ``name`` is for messages.
+    """
+
+    fn: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+    key: Hashable
+    name: str
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A pytree whose every tensor leaf has the iterations on axis 0; other leaves are the same in all of them."""
+
+    tree: Tree
+
+
+Xs = Stacked | list[Tree]
+
+
+def check_arguments(body: Body, xs: Xs, length: int, unroll: int, lengths: Sequence[int] | None) -> None:
+    """Refuses sizes that do not fit each other."""
+    if isinstance(xs, Stacked):
+        for path, leaf in pytree.tree_flatten_with_path(xs.tree)[0]:
+            if isinstance(leaf, torch.Tensor) and (leaf.ndim == 0 or leaf.shape[0] != length):
+                got = "no axis 0" if leaf.ndim == 0 else f"{leaf.shape[0]} on axis 0"
+                raise ValueError(f"{body.name}: xs{pytree.keystr(path)} has {got}, expected {length}")
+    elif len(xs) != length:
+        raise ValueError(f"{body.name}: xs has {len(xs)} entries, expected {length}")
+    if unroll < 1:
+        raise ValueError(f"{body.name}: unroll is {unroll}, expected 1 or more")
+    if lengths is not None and math.prod(lengths) != length:
+        raise ValueError(f"{body.name}: the product of lengths {tuple(lengths)} is not the length {length}")
+
+
+def plain_run(
+    body: Body,
+    consts: Tree,
+    carry: Tree,
+    xs: Xs,
+    length: int,
+    *,
+    reverse: bool = False,
+    shared_draws: bool = False,
+    remat: Any = None,
+    lengths: Sequence[int] | None = None,
+    every: int = 1,
+) -> tuple[Tree, Xs]:
+    """Runs ``body`` in a Python loop under ordinary autograd; returns the last carry and the ys.
+
+    ``remat`` recomputes in backward: ``True`` keeps only the carries, a policy decides otherwise. With ``lengths``
+    the loop is a nest whose levels are all recomputed; with ``every`` it is cut in pieces of that many iterations.
+    """
+    slices = slices_of(xs, length)
+    if length == 0:
+        return carry, empty_ys(body, consts, carry, xs)
+    if lengths is not None and remat is None:
+        remat = True
+    ys: list[Tree] = [None] * length
+    tensors = [leaf for leaf in pytree.tree_leaves((consts, carry, slices[0])) if isinstance(leaf, torch.Tensor)]
+    start = read_states(devices_of(tensors)) if shared_draws else None
+    fn = _checked(body, carry)
+
+    def piece(consts: Tree, carry: Tree, part: tuple[Tree, ...], first: int) -> tuple[Tree, tuple[Tree, ...]]:
+        outs = []
+        for offset, x in enumerate(part):
+            if start is not None and first + offset > 0:
+                write_states(start)
+            carry, y = fn(consts, carry, x)
+            outs.append(y)
+        return carry, tuple(outs)
+
+    def nest(sizes: tuple[int, ...], consts: Tree, carry: Tree, part: tuple[Tree, ...], first: int) -> tuple[Tree, Any]:
+        """``part`` cut as ``sizes`` says, every piece recomputed in backward; the innermost size is a number of iterations."""
+        inner = piece if len(sizes) == 1 else (lambda *args: nest(sizes[1:], *args))
+        size = sizes[0] if len(sizes) == 1 else math.prod(sizes[1:])
+        if remat is not None:
+            from torchlift.engine.remat import checkpointed
+
+            inner = checkpointed(inner, None if remat is True else remat)
+        outs: list[Tree] = []
+        for at in range(0, len(part), size):
+            carry, some = inner(consts, carry, part[at : at + size], first + at)
+            outs.extend(some)
+        return carry, tuple(outs)
+
+    order = list(range(length))[:: -1 if reverse else 1]
+    sizes = (every,) if lengths is None else (*lengths, 1)
+    carry, outs = nest(sizes, consts, carry, tuple(slices[i] for i in order), 0)
+    for i, y in zip(order, outs):
+        ys[i] = y
+    return carry, stack(body.name, ys) if isinstance(xs, Stacked) else ys
+
+
+def slices_of(xs: Xs, length: int) -> list[Tree]:
+    """The x of every iteration. NOTE [unbind]: ``leaf[i]`` would cost O(length**2) in backward, unbind costs O(length)."""
+    if not isinstance(xs, Stacked):
+        return xs
+    leaves, spec = pytree.tree_flatten(xs.tree)
+    cut = [leaf.unbind(0) if isinstance(leaf, torch.Tensor) else (leaf,) * length for leaf in leaves]
+    return [pytree.tree_unflatten([leaf[i] for leaf in cut], spec) for i in range(length)]
+
+
+def stack(name: str, ys: list[Tree]) -> Stacked:
+    """The ys of all iterations as one tree with the iterations on axis 0; leaves that are no tensors must agree."""
+    first, spec = pytree.tree_flatten(ys[0])
+    columns: list[list[Any]] = [[leaf] for leaf in first]
+    for y in ys[1:]:
+        leaves, other = pytree.tree_flatten(y)
+        if other != spec:
+            raise ValueError(f"{name}: y has the structure {other} in one iteration and {spec} in another")
+        for column, leaf in zip(columns, leaves):
+            column.append(leaf)
+    return Stacked(pytree.tree_unflatten([_stack_leaves(name, column) for column in columns], spec))
+
+
+def _stack_leaves(name: str, column: list[Any]) -> Any:
+    if isinstance(column[0], torch.Tensor):
+        return torch.stack(column)
+    if any(leaf != column[0] for leaf in column[1:]):
+        raise ValueError(f"{name}: a value of y that is no tensor differs between iterations; return a tensor instead")
+    return column[0]
+
+
+def empty_ys(body: Body, consts: Tree, carry: Tree, xs: Xs) -> Xs:
+    """The ys of a loop of length 0: shapes one iteration would give, with 0 on the axis; nothing is computed."""
+    if not isinstance(xs, Stacked):
+        return []
+    x = pytree.tree_map_only(torch.Tensor, lambda t: t.new_zeros(t.shape[1:]), xs.tree)
+    _, y = _compat.run_on_fakes(body.fn, consts, carry, x)
+    return Stacked(pytree.tree_map_only(torch.Tensor, lambda t: _new_empty(t), y))
+
+
+def _new_empty(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty((0, *like.shape), dtype=like.dtype, device=like.device)
+
+
+def _checked(body: Body, carry: Tree) -> Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]:
+    """``body.fn``, refusing a carry that does not come out as it went in."""
+    expected, spec = pytree.tree_flatten(carry)
+
+    def fn(consts: Tree, carry: Tree, x: Tree) -> tuple[Tree, Tree]:
+        new, y = body.fn(consts, carry, x)
+        check_carry(body.name, carry, expected, spec, new)
+        return new, y
+
+    return fn
+
+
+def check_carry(name: str, old: Tree, expected: list[Any], spec: pytree.TreeSpec, new: Tree) -> None:
+    """Raises :class:`CarryError` unless ``new`` has the structure, shapes, dtypes and other values of ``old``."""
+    got, new_spec = pytree.tree_flatten(new)
+    if new_spec != spec:
+        raise CarryError(name, "", f"structure {new_spec}", f"{spec}")
+    for i, (a, b) in enumerate(zip(expected, got)):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            if a.shape != b.shape:
+                _refuse(name, old, i, f"shape {tuple(b.shape)}", f"{tuple(a.shape)}")
+            if a.dtype != b.dtype:
+                _refuse(name, old, i, f"dtype {b.dtype}", f"{a.dtype}")
+        elif isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or a != b:
+            _refuse(name, old, i, _kind(b), _kind(a))
+
+
+def _refuse(name: str, old: Tree, i: int, got: str, expected: str) -> NoReturn:
+    raise CarryError(name, pytree.keystr(pytree.tree_flatten_with_path(old)[0][i][0]), got, expected)
+
+
+def _kind(leaf: Any) -> str:
+    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else f"{leaf!r}"

@@ -1,0 +1,456 @@
+"""The compiled loop: graphs called one after the other, forward and backward, as one autograd node."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchlift import _compat
+from torchlift.engine.capture import stride_order
+from torchlift.engine.draws import States, devices_of, read_states, write_states
+from torchlift.engine.graphs import Boxed
+from torchlift.engine.trees import Template
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass
+class Program:
+    """Compiled graphs of ``steps`` iterations. Inputs: consts, carry, the x of each step, closures; see ``Graphs``."""
+
+    fw: Boxed
+    bw: Boxed | None
+    feeds: list[tuple[str, int]]
+    tangent_orders: dict[int, list[int]]  # per differentiable output: how its gradient is to lie in memory
+    shared_grads: list[bool]
+    steps: int
+    consts: int
+    carries: int
+    ys: tuple[Template, ...]
+    requires_grad: list[bool]  # per output
+    random: bool
+    saved_bytes: int
+    recomputed: int
+    closures: int = 0
+
+    def __post_init__(self) -> None:
+        self.outputs = self.carries + sum(y.tensors for y in self.ys)
+        inside = range(self.consts, self.consts + self.carries)
+        # Carries are the inputs that differ from call to call and that nobody else holds.
+        self.kept_carries = [i - self.consts for kind, i in self.feeds if kind == "input" and i in inside]
+
+
+@dataclass
+class Plan:
+    """One run of a loop. Position counts iterations in the order they run; ``order`` gives their index.
+
+    ``pieces`` are the sizes, in chunks, of the pieces recomputed in backward, outermost first; empty: nothing is.
+    """
+
+    chunks: list[tuple[Program, range]]  # a program and the positions it runs
+    order: Sequence[int]
+    consts: int
+    closures: int
+    carries: int
+    x_tensors: int
+    stacked: bool
+    shared_draws: bool
+    pieces: tuple[int, ...]
+    devices: tuple[torch.device, ...]
+    plain: Callable[..., tuple[Any, ...]]  # the plain loop over the same tensors, for double backward
+    random: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = any(program.random for program, _ in self.chunks)
+
+    @property
+    def length(self) -> int:
+        return len(self.order)
+
+
+def pieces_of(remat: bool, lengths: Sequence[int] | None, every: int) -> tuple[int, ...]:
+    """Sizes of the pieces that backward recomputes, outermost first."""
+    if lengths is not None:
+        return tuple(math.prod(lengths[i + 1 :]) for i in range(len(lengths)))
+    return (every,) if remat else ()
+
+
+@dataclass
+class _Mark:
+    """Where recomputation starts again: the carry and the generators' states there."""
+
+    at: int
+    carry: Tensors
+    states: States | None
+
+
+class _Execution:
+    """The tensors of one run, and the walk over its chunks."""
+
+    def __init__(self, plan: Plan, tensors: Sequence[torch.Tensor]) -> None:
+        self.plan = plan
+        a = plan.consts
+        b = a + plan.closures
+        c = b + plan.carries
+        self.consts, self.closures = list(tensors[:a]), list(tensors[a:b])
+        self.carry, xs = list(tensors[b:c]), tensors[c:]
+        self.columns: list[Sequence[torch.Tensor]]
+        if plan.stacked:
+            self.columns = [leaf.unbind(0) for leaf in xs]
+        else:
+            self.columns = [xs[i :: plan.x_tensors] for i in range(plan.x_tensors)]
+        self.start: States | None = None
+
+    def states(self) -> States | None:
+        return read_states(self.plan.devices) if self.plan.random else None
+
+    def inputs(self, chunk: int, carry: Tensors) -> Tensors:
+        plan = self.plan
+        xs = [column[plan.order[p]] for p in plan.chunks[chunk][1] for column in self.columns]
+        return [*self.consts, *carry, *xs, *self.closures]
+
+    def forward(self, lo: int, hi: int, carry: Tensors) -> Iterator[tuple[int, Tensors, Tensors]]:
+        """Runs chunks ``lo`` to ``hi``; yields each one's number, the carry it was given and all its outputs."""
+        plan = self.plan
+        for chunk in range(lo, hi):
+            if self.start is not None and chunk > 0:
+                write_states(self.start)
+            outs = plan.chunks[chunk][0].fw(self.inputs(chunk, carry))
+            given, carry = carry, list(outs[: plan.carries])
+            yield chunk, given, outs
+
+    def advance(self, lo: int, hi: int, carry: Tensors) -> Tensors:
+        for _, _, outs in self.forward(lo, hi, carry):
+            carry = list(outs[: self.plan.carries])
+        return carry
+
+
+class Residuals:
+    """What the backward of the loop needs besides its inputs, chunk by chunk; freed as it is consumed.
+
+    NOTE [one node, many iterations]: ``save_for_backward`` would hold all of it until the node is done. So it is held
+    here, given to ``saved_tensors_hooks`` as torch gives what it saves, and dropped chunk by chunk unless the graph
+    is retained.
+    """
+
+    def __init__(self) -> None:
+        self.chunks: list[tuple[Tensors, list[Any]] | None] = []
+        self.hooks = _compat.saved_tensor_hooks()
+
+    def push(self, carry: Tensors, saved: list[Any]) -> None:
+        self.chunks.append((self._pack(carry), self._pack(saved)))
+
+    def pop(self, chunk: int, keep: bool) -> tuple[Tensors, list[Any]]:
+        entry = self.chunks[chunk]
+        if entry is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time (or directly access saved tensors after they have "
+                "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
+            )
+        if not keep:
+            self.chunks[chunk] = None
+        return self._unpack(entry[0]), self._unpack(entry[1])  # lists of the caller's own
+
+    def _pack(self, values: list[Any]) -> list[Any]:
+        if self.hooks is None:
+            return values
+        pack = self.hooks[0]
+        return [pack(v) if isinstance(v, torch.Tensor) else v for v in values]
+
+    def _unpack(self, values: list[Any]) -> list[Any]:
+        if self.hooks is None:
+            return list(values)
+        unpack = self.hooks[1]
+        return [v if isinstance(v, int) else unpack(v) for v in values]
+
+
+class _Gradients:
+    """Gradients of the inputs while backward walks the chunks from the last to the first."""
+
+    def __init__(self, run: _Execution, grads: Sequence[torch.Tensor | None], shapes: list[torch.Tensor]) -> None:
+        plan = run.plan
+        self.run = run
+        self.carry = list(grads[: plan.carries])
+        self.ys = grads[plan.carries :]
+        self.likes = shapes  # one tensor per output of the first chunk, for gradients that are not there
+        self.zeros: dict[int, torch.Tensor] = {}
+        self.sums: list[torch.Tensor | None] = [None] * (plan.consts + plan.closures)
+        self.xs: list[list[torch.Tensor | None]] = [[None] * plan.length for _ in range(plan.x_tensors)]
+        self.stacks: list[torch.Tensor | None] = [None] * plan.x_tensors
+        self.y_slices = self._cut(self.ys) if plan.stacked else None
+
+    @staticmethod
+    def _cut(ys: Sequence[torch.Tensor | None]) -> list[Sequence[torch.Tensor] | None]:
+        return [None if y is None else y.unbind(0) for y in ys]
+
+    def tangent(self, program: Program, positions: range, i: int) -> torch.Tensor:
+        """The gradient of the ``i``-th output of a chunk, laid out as the graph expects it."""
+        plan = self.run.plan
+        if i < plan.carries:
+            given = self.carry[i]
+        else:
+            width = program.ys[0].tensors
+            step, column = divmod(i - plan.carries, width)
+            index = plan.order[positions[step]]
+            if self.y_slices is not None:
+                cut = self.y_slices[column]
+                given = None if cut is None else cut[index]
+            else:
+                given = self.ys[index * width + column]
+        if given is None:
+            return self._zero(program, i)
+        order = program.tangent_orders[i]
+        laid = given.permute(order)
+        if laid.is_contiguous():
+            return given
+        return laid.contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+    def _zero(self, program: Program, i: int) -> torch.Tensor:
+        if i >= self.run.plan.carries:
+            i = self.run.plan.carries + (i - self.run.plan.carries) % program.ys[0].tensors
+        if i not in self.zeros:
+            self.zeros[i] = torch.zeros_like(self.likes[i])
+        order = program.tangent_orders[i]
+        return self.zeros[i].permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+    def step(self, chunk: int, carry: Tensors, saved: list[Any]) -> None:
+        """Runs one chunk's backward graph and takes up what it gives."""
+        run, plan = self.run, self.run.plan
+        program, positions = plan.chunks[chunk]
+        inputs = run.inputs(chunk, carry)
+        feeds = []
+        for kind, i in program.feeds:
+            if kind == "saved":
+                feeds.append(saved[i])
+            elif kind == "input":
+                feeds.append(inputs[i])
+            else:
+                feeds.append(self.tangent(program, positions, i))
+        saved.clear()
+        inputs.clear()
+        assert program.bw is not None
+        grads = list(program.bw(feeds))
+        a, b = program.consts, program.consts + program.carries
+        self.carry = grads[a:b]
+        end = b + plan.x_tensors * len(positions)
+        shared = program.shared_grads
+        self._add(grads[:a] + grads[end:], shared[:a] + shared[end:])
+        for step, position in enumerate(positions):
+            at = b + step * plan.x_tensors
+            self._put(plan.order[position], grads[at : at + plan.x_tensors])
+
+    def _add(self, grads: list[torch.Tensor | None], shared: list[bool]) -> None:
+        sums, new = [], []
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            old = self.sums[i]
+            if old is None:
+                # What is added to later must be ours alone.
+                self.sums[i] = grad.clone() if shared[i] and len(self.run.plan.chunks) > 1 else grad
+            else:
+                sums.append(old)
+                new.append(grad)
+        if sums:
+            torch._foreach_add_(sums, new)
+
+    def _put(self, index: int, grads: list[torch.Tensor | None]) -> None:
+        if not self.run.plan.stacked:
+            for column, grad in zip(self.xs, grads):
+                column[index] = grad
+            return
+        places, values = [], []
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if self.stacks[i] is None:
+                stack = torch.empty((self.run.plan.length, *grad.shape), dtype=grad.dtype, device=grad.device)
+                self.stacks[i] = stack
+                self.xs[i] = list(stack.unbind(0))
+            places.append(self.xs[i][index])
+            values.append(grad)
+        if places:
+            torch._foreach_copy_(places, values)
+
+    def flat(self) -> list[torch.Tensor | None]:
+        xs = (
+            self.stacks
+            if self.run.plan.stacked
+            else [column[i] for i in range(self.run.plan.length) for column in self.xs]
+        )
+        return [*self.sums, *self.carry, *xs]
+
+
+def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Residuals | list[_Mark], Tensors]:
+    """The loop's outputs (carry, then ys), what backward needs, and one output of each kind as a model for zeros."""
+    run = _Execution(plan, tensors)
+    if plan.shared_draws:
+        run.start = run.states()
+    train = plan.chunks[0][0].bw is not None
+    residuals, marks = Residuals(), []
+    ys: list[list[torch.Tensor]] = [[] for _ in range(plan.length)]
+    carry = run.carry
+    models: Tensors = []
+    size = plan.pieces[0] if plan.pieces else 0
+    state = run.states() if size and train else None
+    for chunk, given, outs in run.forward(0, len(plan.chunks), carry):
+        program, positions = plan.chunks[chunk]
+        if train and not size:
+            residuals.push([given[i] for i in program.kept_carries], list(outs[program.outputs :]))
+        elif train and chunk % size == 0:
+            marks.append(_Mark(chunk, given, state))
+        if train and size and (chunk + 1) % size == 0 and chunk + 1 < len(plan.chunks):
+            state = run.states()
+        at = plan.carries
+        for position, y in zip(positions, program.ys):
+            ys[plan.order[position]] = list(outs[at : at + y.tensors])
+            at += y.tensors
+        carry = list(outs[: plan.carries])
+        if not models:
+            models = [torch.empty((), dtype=o.dtype, device=o.device).expand(o.shape) for o in outs[: program.outputs]]
+    if plan.stacked:
+        flat = [torch.stack(column) for column in zip(*ys)]
+        if train and not size:
+            # NOTE [outputs on the node]: the last chunk may have saved its carry; a node that holds its own output is
+            # a cycle that only the garbage collector frees.
+            carry = [t.clone() for t in carry]
+    else:
+        flat = [t for y in ys for t in y]
+    return carry + flat, (marks if size else residuals), models
+
+
+def run_backward(
+    plan: Plan,
+    tensors: Sequence[torch.Tensor],
+    kept: Residuals | list[_Mark],
+    models: Tensors,
+    grads: Sequence[torch.Tensor | None],
+    keep: bool,
+) -> list[torch.Tensor | None]:
+    """Gradients of ``tensors``."""
+    run = _Execution(plan, tensors)
+    into = _Gradients(run, grads, models)
+    if isinstance(kept, Residuals):
+        for chunk in reversed(range(len(plan.chunks))):
+            program = plan.chunks[chunk][0]
+            carries, saved = kept.pop(chunk, keep)
+            carry = list(run.carry)
+            for i, value in zip(program.kept_carries, carries):
+                carry[i] = value
+            into.step(chunk, carry, saved)
+        return into.flat()
+    before = run.states()
+    if plan.shared_draws:
+        run.start = kept[0].states
+    for i in reversed(range(len(kept))):
+        mark = kept[i]
+        if not keep and i > 0:
+            kept[i] = _Mark(mark.at, [], None)
+        _recompute(run, into, 1, mark, min(mark.at + plan.pieces[0], len(plan.chunks)))
+    if before is not None:
+        write_states(before)
+    return into.flat()
+
+
+def _recompute(run: _Execution, into: _Gradients, level: int, mark: _Mark, hi: int) -> None:
+    """Backward of the chunks from ``mark`` to ``hi``, recomputed in pieces of the size of ``level``, then smaller."""
+    if mark.states is not None:
+        write_states(mark.states)
+    pieces = run.plan.pieces
+    if level == len(pieces):
+        stash = []
+        for chunk, given, outs in run.forward(mark.at, hi, mark.carry):
+            stash.append((chunk, given, list(outs[run.plan.chunks[chunk][0].outputs :])))
+        del outs
+        while stash:
+            into.step(*stash.pop())
+        return
+    marks = [mark]
+    size = pieces[level]
+    for at in range(mark.at, hi - size, size):
+        carry = run.advance(at, at + size, marks[-1].carry)
+        marks.append(_Mark(at + size, carry, run.states()))
+    while marks:
+        piece = marks.pop()
+        _recompute(run, into, level + 1, piece, min(piece.at + size, hi))
+
+
+def tangent_orders(bw_inputs: list[Any], feeds: list[tuple[str, int]]) -> dict[int, list[int]]:
+    """Per output that gets a gradient: the order of its dimensions in memory."""
+    return {i: stride_order(value) for value, (kind, i) in zip(bw_inputs, feeds) if kind == "tangent"}
+
+
+class Loop(torch.autograd.Function):
+    """A loop, or one iteration of it, as an autograd node."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.start = read_states(plan.devices) if plan.random else None
+        outs, kept, models = run_forward(plan, tensors)
+        ctx.plan, ctx.models = plan, models
+        ctx.ints, ctx.where = None, None
+        if isinstance(kept, Residuals) and len(kept.chunks) == 1 and not plan.stacked:
+            # One chunk: nothing to free early, so torch keeps it, and checks that nobody writes into it.
+            _, saved = kept.chunks[0] or ([], [])
+            ctx.where = [isinstance(v, torch.Tensor) for v in saved]
+            ctx.ints = [v for v in saved if not isinstance(v, torch.Tensor)]
+            ctx.save_for_backward(*tensors, *(v for v in saved if isinstance(v, torch.Tensor)))
+            ctx.kept = None
+        else:
+            ctx.save_for_backward(*tensors)
+            ctx.kept = kept
+        ctx.inputs = len(tensors)
+        ctx.mark_non_differentiable(*_not_differentiable(plan, outs))
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, plan = saved[: ctx.inputs], ctx.plan
+        if torch.is_grad_enabled():
+            return None, *_differentiable_backward(plan, tensors, ctx.start, ctx.needs_input_grad[1:], grads)
+        kept = ctx.kept
+        if ctx.where is not None:
+            values, ints = iter(saved[ctx.inputs :]), iter(ctx.ints)
+            kept = Residuals()
+            kept.hooks = None
+            b = plan.consts + plan.closures
+            carry = [tensors[b + i] for i in plan.chunks[0][0].kept_carries]
+            kept.push(carry, [next(values) if is_tensor else next(ints) for is_tensor in ctx.where])
+        found = run_backward(plan, tensors, kept, ctx.models, grads, _compat.backward_keeps_graph())
+        return None, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[1:]))
+
+
+def _not_differentiable(plan: Plan, outs: Tensors) -> list[torch.Tensor]:
+    program = plan.chunks[0][0]
+    flags = program.requires_grad[: plan.carries]
+    per_step = program.requires_grad[plan.carries : plan.carries + program.ys[0].tensors]
+    flags = flags + per_step * (1 if plan.stacked else plan.length)
+    return [out for out, flag in zip(outs, flags) if not flag]
+
+
+def _differentiable_backward(
+    plan: Plan, tensors: Sequence[torch.Tensor], start: States | None, needed: Sequence[bool], grads: Sequence[Any]
+) -> list[torch.Tensor | None]:
+    """Double backward: gradients through the plain loop, which autograd can differentiate again.
+
+    Views stand for the inputs, so that an input that was computed from another one is not counted twice.
+    """
+    views = [t.view_as(t) if flag else t for t, flag in zip(tensors, needed)]
+    before = read_states(plan.devices)
+    if start is not None:
+        write_states(start)
+    outs = plan.plain(*views)
+    write_states(before)
+    roots = [(out, g) for out, g in zip(outs, grads) if g is not None and out.requires_grad]
+    wanted = [v for v, flag in zip(views, needed) if flag]
+    found = torch.autograd.grad(
+        [out for out, _ in roots], wanted, [g for _, g in roots], create_graph=True, allow_unused=True
+    )
+    parts = iter(found)
+    return [next(parts) if flag else None for flag in needed]

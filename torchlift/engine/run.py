@@ -1,0 +1,368 @@
+"""Runs a loop: compiled where that serves, else in Python, with the same answers."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchlift import _compat
+from torchlift.engine import capture, compiled
+from torchlift.engine.capture import CaptureError, Signature, like_strided
+from torchlift.engine.compiled import Request, find_program
+from torchlift.engine.draws import devices_of, read_states, write_states
+from torchlift.engine.graphs import Backend
+from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
+from torchlift.engine.node import Loop, Plan, Program, pieces_of, run_forward
+from torchlift.engine.trees import Template, split
+from torchlift.errors import TorchliftCompileWarning
+
+__all__ = ["Body", "Report", "Stacked", "explain_run", "last_report", "run"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a loop ran. ``reason`` says why it was the plain loop; ``compilations`` counts captures of this body so far."""
+
+    name: str
+    path: str  # "compiled" or "plain"
+    reason: str | None = None
+    nodes: int = 0  # autograd nodes around the graphs
+    compilations: int = 0
+    saved_bytes: int = 0  # per iteration, besides inputs, as the graphs were cut
+    recomputed: int = 0  # operators of forward that backward runs again, by the partitioner's choice
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class _Options:
+    reverse: bool
+    shared_draws: bool
+    unroll: int
+    remat: Any
+    lengths: tuple[int, ...] | None
+    every: int
+
+
+_local = threading.local()
+_warned: set[Hashable] = set()
+
+
+def last_report() -> Report | None:
+    """How the last loop of this thread ran."""
+    return getattr(_local, "report", None)
+
+
+def explain_run(*args: Any, **kwargs: Any) -> Report:
+    """Runs a loop as :func:`run` does and says how."""
+    run(*args, **kwargs)
+    return _local.report
+
+
+def run(
+    body: Body,
+    consts: Tree,
+    carry: Tree,
+    xs: Xs,
+    length: int,
+    *,
+    reverse: bool = False,
+    shared_draws: bool = False,
+    unroll: int = 1,
+    remat: Any = None,
+    lengths: Sequence[int] | None = None,
+    every: int = 1,
+    compile: bool | dict[str, Any] = True,
+) -> tuple[Tree, Xs]:
+    """Runs ``body`` ``length`` times; returns the last carry and the ys.
+
+    ``xs`` is :class:`Stacked` (the ys come back stacked; one autograd node around the loop) or a list of one pytree
+    for each iteration (the ys are a list; one autograd node for each iteration). ``reverse`` iterates from the end,
+    and every y lands at its own index. Draws run on from iteration to iteration; with ``shared_draws`` every
+    iteration starts from the same state of the generators. ``unroll`` iterations make one graph.
+
+    ``remat=True`` keeps only the carries for backward, and a policy decides otherwise. ``lengths`` nests the
+    recomputation, ``every`` recomputes pieces of that many iterations.
+
+    ``compile`` is False for the plain Python loop, True, or options of ``torch.compile``. Where a body cannot be
+    compiled the plain loop runs, with one warning that says why.
+    """
+    check_arguments(body, xs, length, unroll, lengths)
+    if lengths is not None and remat is None:
+        remat = True
+    options = _Options(reverse, shared_draws, unroll, remat, None if lengths is None else tuple(lengths), every)
+    reason, warn = _why_plain(consts, carry, xs, length, compile)
+    if reason is None:
+        try:
+            return _compiled_run(body, consts, carry, xs, length, options, Backend.of(compile))
+        except CaptureError as error:
+            reason, warn = str(error), True
+    _local.report = Report(body.name, "plain", reason)
+    out = _plain(body, consts, carry, xs, length, options)
+    # After the loop, so that an error of the body comes alone.
+    if warn and body.key not in _warned:
+        _warned.add(body.key)
+        warnings.warn(f"{body.name} runs as a plain Python loop: {reason}", TorchliftCompileWarning, stacklevel=3)
+    return out
+
+
+def _plain(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, o: _Options) -> tuple[Tree, Xs]:
+    return plain_run(
+        body, consts, carry, xs, length,
+        reverse=o.reverse, shared_draws=o.shared_draws, remat=o.remat, lengths=o.lengths, every=o.every,
+    )  # fmt: skip
+
+
+def _why_plain(consts: Tree, carry: Tree, xs: Xs, length: int, compile: Any) -> tuple[str | None, bool]:
+    """Why the plain loop must run (None: it need not), and whether the caller is to be warned."""
+    if compile is False:
+        return "compile=False", False
+    if length == 0:
+        return "length 0", False
+    if torch.compiler.is_compiling():
+        return "inside torch.compile", False
+    if _compat.functorch_active():
+        return "a torch.func transform is around it", True
+    if _compat.forward_ad_active():
+        return "forward-mode differentiation is around it", True
+    tensors = [t for tree in (consts, carry, xs.tree if isinstance(xs, Stacked) else xs) for t in split(tree)[0]]
+    for t in tensors:
+        if _compat.is_fake(t):
+            return "inside another capture", False
+        if not _plain_tensor(t):
+            return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
+    if _compat.dispatch_modes_active():
+        return "a TorchDispatchMode is active", True
+    if _compat.function_modes():
+        return f"a {type(_compat.function_modes()[-1]).__name__} is active", True
+    forbidden = _compat.compiler_forbidden()
+    return forbidden, forbidden is not None
+
+
+def _plain_tensor(t: torch.Tensor) -> bool:
+    known = type(t) is torch.Tensor or isinstance(t, torch.nn.Parameter | torch.nn.Buffer)
+    return (
+        known
+        and type(t).__torch_function__ in (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
+        and t.layout is torch.strided
+        and t.device.type != "meta"
+        and not t.is_quantized
+        and not t.is_conj()
+        and not t.is_neg()
+    )
+
+
+@dataclass
+class _Job:
+    """The flattened inputs of a compiled run."""
+
+    body: Body
+    consts: list[torch.Tensor]
+    consts_template: Template
+    carry: list[torch.Tensor]
+    carry_template: Template
+    train: bool
+    backend: Backend
+    options: _Options
+
+    def program(
+        self, xs: Sequence[list[torch.Tensor]], templates: Sequence[Template], carry_flags: Sequence[bool]
+    ) -> tuple[Program, list[torch.Tensor]]:
+        """The program for iterations on ``xs``, and the tensors that the body closes over."""
+        remat = self.options.remat
+        flat = [t for x in xs for t in x]
+        flags = [t.requires_grad for t in self.consts] + list(carry_flags) + [t.requires_grad for t in flat]
+        return find_program(
+            Request(
+                self.body,
+                Signature(self.consts_template, self.carry_template, tuple(templates)),
+                [*self.consts, *self.carry, *flat],
+                tuple(self.train and flag for flag in flags),
+                self.train,
+                self.backend,
+                None if remat is True else remat,
+            )
+        )
+
+    @property
+    def carry_flags(self) -> list[bool]:
+        return [t.requires_grad for t in self.carry]
+
+
+def _compiled_run(
+    body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _Options, backend: Backend
+) -> tuple[Tree, Xs]:
+    flat_consts, consts_template = split(consts)
+    flat_carry, carry_template = split(carry)
+    # One layout for the carry of all iterations.
+    flat_carry = [like_strided(t, t) for t in flat_carry]
+    job = _Job(
+        body, flat_consts, consts_template, flat_carry, carry_template, torch.is_grad_enabled(), backend, options
+    )
+    return _run_stacked(job, xs, length) if isinstance(xs, Stacked) else _run_list(job, xs, length)
+
+
+def _plan(
+    job: _Job, chunks: list[tuple[Program, range]], order: Sequence[int], closures: list[torch.Tensor],
+    templates: Sequence[Template], stacked: bool, pieces: tuple[int, ...],
+) -> Plan:  # fmt: skip
+    def plain(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The plain loop over the node's tensors, its positions in the order they run."""
+
+        def loop(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            consts, carry = inputs[: len(job.consts)], inputs[len(job.consts) :][: len(job.carry)]
+            xs = inputs[len(job.consts) + len(job.carry) :]
+            width = templates[0].tensors
+            rows = [leaf.unbind(0) for leaf in xs] if stacked else [xs[i::width] for i in range(width)]
+            slices = [templates[i].fill([row[i] for row in rows]) for i in order]
+            out, ys = plain_run(
+                job.body, job.consts_template.fill(consts), job.carry_template.fill(carry), slices, len(order),
+                shared_draws=job.options.shared_draws,
+            )  # fmt: skip
+            outs, flat = split(out)[0], [split(y)[0] for y in ys]
+            flat = [y for _, y in sorted(zip(order, flat))]
+            return (*outs, *([torch.stack(c) for c in zip(*flat)] if stacked else [t for y in flat for t in y]))
+
+        a = len(job.consts)
+        rest = (*tensors[:a], *tensors[a + len(closures) :], *tensors[a : a + len(closures)])
+        return capture.substituted(loop, closures)(*rest)
+
+    return Plan(
+        chunks=chunks, order=order, consts=len(job.consts), closures=len(closures), carries=len(job.carry),
+        x_tensors=templates[0].tensors, stacked=stacked, shared_draws=job.options.shared_draws, pieces=pieces,
+        devices=devices_of([*job.consts, *job.carry, *closures]), plain=plain,
+    )  # fmt: skip
+
+
+def _call(plan: Plan, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Runs a plan, as an autograd node if there is anything to differentiate."""
+    if plan.chunks[0][0].bw is None:
+        with torch.no_grad():
+            return run_forward(plan, tensors)[0]
+    return Loop.apply(plan, *tensors)
+
+
+def _run_stacked(job: _Job, xs: Stacked, length: int) -> tuple[Tree, Xs]:
+    """One autograd node around the loop."""
+    leaves, template = split(xs.tree)
+    first = [leaf.detach()[0].requires_grad_(leaf.requires_grad) for leaf in leaves]
+    single, closures = job.program([first], [template], job.carry_flags)
+    order = range(length)[:: -1 if job.options.reverse else 1]
+    unroll = _unroll(job.options, single, length)
+    chunks: list[tuple[Program, range]] = []
+    at = 0
+    if unroll > 1:
+        several, _ = job.program([first] * unroll, [template] * unroll, job.carry_flags)
+        while at + unroll <= length:
+            chunks.append((several, range(at, at + unroll)))
+            at += unroll
+    chunks += [(single, range(i, i + 1)) for i in range(at, length)]
+    plan = _plan(job, chunks, order, closures, [template] * length, True, _pieces(job.options))
+    outs = _call(plan, [*job.consts, *closures, *job.carry, *leaves])
+    _report(job, chunks[0][0], int(single.bw is not None))
+    carries = len(job.carry)
+    return job.carry_template.fill(list(outs[:carries])), Stacked(single.ys[0].fill(list(outs[carries:])))
+
+
+def _unroll(o: _Options, program: Program, length: int) -> int:
+    """How many iterations to put in one graph."""
+    if o.lengths is not None or o.every > 1 or (o.shared_draws and program.random):
+        return 1
+    return min(o.unroll, length)
+
+
+def _pieces(o: _Options) -> tuple[int, ...]:
+    return pieces_of(o.remat is True, o.lengths, o.every)
+
+
+def _report(job: _Job, program: Program, nodes: int) -> None:
+    saved = 0 if _pieces(job.options) else program.saved_bytes // program.steps
+    _local.report = Report(
+        job.body.name,
+        "compiled",
+        None,
+        nodes,
+        compiled.compilations[job.body.key],
+        saved,
+        program.recomputed // program.steps,
+        program.random,
+    )
+
+
+def _run_list(job: _Job, xs: list[Tree], length: int) -> tuple[Tree, Xs]:
+    """One autograd node for each iteration (for each graph when unrolled, each outermost piece when nested)."""
+    o = job.options
+    order = list(range(length))[:: -1 if o.reverse else 1]
+    flat = [split(xs[i]) for i in order]
+    # Everything is compiled before anything runs, so that a body that cannot be compiled is never run in part.
+    plans = _list_plans(job, flat)
+    start = None
+    if o.shared_draws and any(plan.random for plan, _, _ in plans):
+        start = read_states(plans[0][0].devices)
+    ys: list[Tree] = [None] * length
+    carry = job.carry
+    at = 0
+    for plan, closures, templates in plans:
+        if start is not None and at > 0:
+            write_states(start)
+        tensors = [t for x, _ in flat[at : at + plan.length] for t in x]
+        outs = _call(plan, [*job.consts, *closures, *carry, *tensors])
+        carry = list(outs[: len(carry)])
+        cursor = len(carry)
+        for position, y in zip(range(at, at + plan.length), templates):
+            ys[order[position]] = y.fill(list(outs[cursor : cursor + y.tensors]))
+            cursor += y.tensors
+        at += plan.length
+    _report(job, plans[0][0].chunks[0][0], sum(plan.chunks[0][0].bw is not None for plan, _, _ in plans))
+    return job.carry_template.fill(carry), ys
+
+
+_Node = tuple[Plan, list[torch.Tensor], list[Template]]  # a plan, its closed-over tensors, the template of each y
+
+
+def _list_plans(job: _Job, flat: list[tuple[list[torch.Tensor], Template]]) -> list[_Node]:
+    """The nodes of a list run, in the order they run."""
+    o, length = job.options, len(flat)
+    flags = job.carry_flags
+    pieces = _pieces(o)
+    size = max(pieces[0] if pieces else 1, 1)
+    if size == 1 and o.unroll > 1:
+        size = _unroll(o, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
+    memo: dict[Hashable, tuple[_Node, list[bool]]] = {}
+    nodes = []
+    for at in range(0, length, size):
+        part = flat[at : at + size]
+        key = (tuple(flags), *((x[1], tuple((t.requires_grad, *compiled.tensor_key(t)) for t in x[0])) for x in part))
+        if key not in memo:
+            memo[key] = _list_node(job, part, flags, pieces)
+        node, flags = memo[key]
+        nodes.append(node)
+    return nodes
+
+
+def _list_node(
+    job: _Job, part: list[tuple[list[torch.Tensor], Template]], flags: list[bool], pieces: tuple[int, ...]
+) -> tuple[_Node, list[bool]]:
+    """The node for the iterations ``part``, and which carries require grad after it."""
+    templates = [template for _, template in part]
+    chunks: list[tuple[Program, range]] = []
+    closures: list[torch.Tensor] = []
+    if pieces and len(part) > 1 and pieces[0] > 1:
+        for position, (x, template) in enumerate(part):
+            program, closures = job.program([x], [template], flags)
+            chunks.append((program, range(position, position + 1)))
+            flags = program.requires_grad[: program.carries]
+    else:
+        program, closures = job.program([x for x, _ in part], templates, flags)
+        chunks.append((program, range(len(part))))
+        flags = program.requires_grad[: program.carries]
+    ys = [y for program, _ in chunks for y in program.ys]
+    same = len({t.tensors for t in templates}) == len({y.tensors for y in ys}) == 1
+    same = same and len({(p.bw is None, p.closures, tuple(p.requires_grad)) for p, _ in chunks}) == 1
+    if not same:
+        raise CaptureError("iterations that are recomputed or unrolled together differ in structure")
+    return (_plan(job, chunks, range(len(part)), closures, templates, False, pieces), closures, ys), list(flags)

@@ -1,0 +1,49 @@
+"""Pytrees as the engine sees them: a list of tensors, and a hashable template of everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+Tree = Any
+
+
+class _Slot:
+    """Stands in a template where a tensor goes."""
+
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+SLOT = _Slot()
+
+
+@dataclass(frozen=True)
+class Template:
+    """A pytree less its tensors. Equal templates have equal structure and equal other leaves (``1`` is not ``True``)."""
+
+    spec: pytree.TreeSpec
+    others: tuple[tuple[int, type, Any], ...]  # (position, type, value) of every leaf that is no tensor
+    tensors: int
+
+    def fill(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> Tree:
+        """The pytree with ``tensors`` in its slots."""
+        if not self.others:
+            return pytree.tree_unflatten(list(tensors), self.spec)
+        leaves = list(tensors)
+        for position, _, value in self.others:
+            leaves.insert(position, value)
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+def split(tree: Tree) -> tuple[list[torch.Tensor], Template]:
+    """``tree`` as its tensors and its template; the template hashes only if its other leaves do."""
+    leaves, spec = pytree.tree_flatten(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len(tensors) == len(leaves):
+        return tensors, Template(spec, (), len(tensors))
+    others = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
+    return tensors, Template(spec, others, len(tensors))

@@ -1,0 +1,103 @@
+"""Content keys: what a compiled body depends on besides its tensors, as one hashable value.
+
+NOTE [Content]. A graph that was captured without guards is right only while everything that Python read in capture is
+still as it was. So the key holds the classes of the modules and their plain attributes, the body's code, closure and
+defaults, and plain numbers among the globals that the code names: by value, never by a small integer id, which goes
+stale when an object dies.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlift.errors import UnsupportedError
+from torchlift.pack import INTERNALS, Node, Packed
+
+_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, range)
+_DEPTH = 6
+
+
+def of_packed(packed: Packed) -> Hashable:
+    """The key of a packed call: its function, its modules, and where its tensors go."""
+    nodes = tuple(_of_node(node) for node in packed.nodes)
+    captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
+    return (_of_callable(packed.fn, _DEPTH), nodes, packed.inside, captures, tuple(packed.writable), packed.hidden)
+
+
+def of_module(module: nn.Module) -> dict[str, Hashable]:
+    """The plain attributes of one module by name, without those that hold tensors or modules."""
+    return {
+        key: of_value(value, _DEPTH)
+        for key, value in module.__dict__.items()
+        if key not in INTERNALS and not isinstance(value, (Tensor, nn.Module))
+    }
+
+
+def _of_node(node: Node) -> Hashable:
+    return (
+        type(node.module),
+        node.path,
+        tuple(node.tensors),
+        tuple(node.children),
+        tuple(of_module(node.module).items()),
+    )
+
+
+def of_value(value: Any, depth: int = _DEPTH) -> Hashable:
+    """A hashable stand-in for a value, equal for equal content."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return (kind, value)
+    if isinstance(value, (Tensor, nn.Module)):
+        return kind  # tensors are inputs, modules have nodes of their own
+    if depth == 0:
+        raise UnsupportedError(f"a plain attribute of type {kind.__name__} is nested too deeply to tell when it changes")
+    if isinstance(value, (list, tuple)):
+        return (kind, tuple(of_value(v, depth - 1) for v in value))
+    if isinstance(value, Mapping):
+        return (kind, tuple((of_value(k, depth - 1), of_value(v, depth - 1)) for k, v in value.items()))
+    if isinstance(value, (set, frozenset)):
+        return (kind, frozenset(of_value(v, depth - 1) for v in value))
+    if isinstance(value, type):
+        return value
+    if callable(value) and isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return _of_callable(value, depth - 1)
+    fields = getattr(value, "__dict__", None)
+    if fields and kind.__module__ != "builtins":
+        return (kind, tuple((k, of_value(v, depth - 1)) for k, v in fields.items()))
+    try:
+        hash(value)
+    except TypeError:
+        raise UnsupportedError(f"a plain attribute of type {kind.__name__} cannot be compared by content") from None
+    return (kind, value)
+
+
+def _of_callable(fn: Any, depth: int) -> Hashable:
+    if depth <= 0:
+        return fn
+    if isinstance(fn, functools.partial):
+        return ("partial", _of_callable(fn.func, depth - 1), of_value(fn.args, depth - 1), of_value(fn.keywords, depth - 1))
+    if isinstance(fn, types.MethodType):
+        return ("method", _of_callable(fn.__func__, depth - 1), of_value(fn.__self__, depth - 1))
+    if not isinstance(fn, types.FunctionType):
+        return fn
+    cells = tuple(_of_cell(cell, depth - 1) for cell in fn.__closure__ or ())
+    return ("function", fn.__code__, cells, of_value(fn.__defaults__, depth - 1), _globals_of(fn))
+
+
+def _of_cell(cell: Any, depth: int) -> Hashable:
+    try:
+        return of_value(cell.cell_contents, depth)
+    except ValueError:  # not filled yet: a function that refers to itself
+        return "empty"
+
+
+def _globals_of(fn: types.FunctionType) -> Hashable:
+    known = fn.__globals__
+    return tuple((name, known[name]) for name in fn.__code__.co_names if type(known.get(name)) in (bool, int, float, str))

@@ -1,0 +1,234 @@
+"""Lifting forms: how a transform meets a class, a partial of one, a function, a method, or a decorator."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from torchlift import stacking
+from torchlift.errors import TransformTargetError
+from torchlift.pack import INSIDE
+
+Target = Any  # a module class, a functools.partial of one, or a function whose first argument is a module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """A transform with its arguments. A subclass is a row of fields and :meth:`call`.
+
+    ``call`` runs ``fn(module, *args, **kwargs)`` under the transform; ``label`` names it in errors, ``inside`` is the
+    lifted class of ``module``, if it was lifted with its class.
+    """
+
+    def call(
+        self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
+    ) -> Any:
+        raise AssertionError("a transform says how to call")  # pragma: no cover
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower().strip("_")
+
+    def stacking(self, base: type[nn.Module]) -> stacking.Stacking | None:
+        """How instances of ``base``, lifted, are stacked; None where nothing is."""
+        return None
+
+    def label(self, target: Any) -> str:
+        """How errors name this use of the transform: ``scan(Block, length=12)``."""
+        given = [
+            f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default and f.repr
+        ]
+        given = [text for text in given if not text.endswith("={}")]
+        return f"{self.name}({', '.join([_name_of(target), *given])})"
+
+
+def lift(
+    make: Callable[..., Transform], target: Target, arguments: dict[str, Any], methods: Any = None
+) -> Any:
+    """Applies the transform that ``make(**arguments)`` builds to any target."""
+    name = make.__name__.lower().strip("_")
+    if target is None:
+        return functools.partial(lift, make, arguments=arguments, methods=methods)
+    if isinstance(target, nn.Module):
+        cls = type(target).__name__
+        raise TransformTargetError(
+            f"{name}: got an instance of {cls}, expected its class or a function; write {name}({cls}, ...)(...) for a "
+            f"new module, {name}(lambda m, *args: m(*args), ...)(module, ...) for one call of this module"
+        )
+    if isinstance(target, functools.partial) and is_module_class(target.func):
+        lifted = lift(make, target.func, arguments, methods)
+        return functools.partial(lifted, *target.args, **target.keywords)
+    if is_module_class(target):
+        return lift_class(make, target, arguments, methods)
+    if isinstance(target, type) or not callable(target):
+        raise TransformTargetError(
+            f"{name}: got {target!r}, expected an nn.Module subclass, a functools.partial of one, or a function whose "
+            "first argument is a module"
+        )
+    return lift_function(make(**arguments), target)
+
+
+def is_module_class(target: Any) -> bool:
+    return isinstance(target, type) and issubclass(target, nn.Module)
+
+
+def _name_of(target: Any) -> str:
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__name__
+    return name.rpartition("<locals>.")[2]
+
+
+# Functions -----------------------------------------------------------------------------------------------------------
+
+
+def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the same signature; a bound method of a module gives one without the module."""
+    if isinstance(target, types.MethodType) and isinstance(target.__self__, nn.Module):
+        lifted = lift_function(transform, target.__func__)
+        return functools.wraps(target)(functools.partial(lifted, target.__self__))
+
+    label = transform.label(target)
+
+    @functools.wraps(target)
+    def lifted_function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(module, nn.Module):
+            raise TransformTargetError(
+                f"{label}: the first argument is a {type(module).__name__}, expected an nn.Module: "
+                "a lifted function has the module as its first argument"
+            )
+        return transform.call(target, module, args, kwargs, label)
+
+    return lifted_function
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
+
+_lifted_classes: weakref.WeakKeyDictionary[type, dict[Any, weakref.ref[type]]] = weakref.WeakKeyDictionary()
+
+
+def lift_class(
+    make: Callable[..., Transform], base: type[nn.Module], arguments: dict[str, Any], methods: Any
+) -> type[nn.Module]:
+    """A subclass of ``base`` whose ``methods`` run under the transform; the same one for the same arguments."""
+    key = (make, _freeze(arguments), _freeze(methods))
+    known = _lifted_classes.setdefault(base, {})
+    cls = known[key]() if key in known else None
+    if cls is None:
+        cls = _new_class(make, base, arguments, methods)
+        known[key] = weakref.ref(cls)
+    return cls
+
+
+def _new_class(
+    make: Callable[..., Transform], base: type[nn.Module], arguments: dict[str, Any], methods: Any
+) -> type[nn.Module]:
+    per_method = {
+        method: make(**{**arguments, **own}) for method, own in _normalise(make, base, methods).items()
+    }
+    transforms = list(per_method.values())
+    namespace: dict[str, Any] = {
+        "__doc__": base.__doc__,
+        "__module__": base.__module__,
+        "__reduce_ex__": _reduce,
+        "_torchlift_recipe": _Recipe(make, base, arguments, methods),
+    }
+    how = transforms[0].stacking(base)
+    if how is not None:
+        namespace.update(stacking.members(base, how))
+    name = f"{transforms[0].name.title().replace('_', '')}{base.__name__}"
+    cls = types.new_class(name, (base,), exec_body=lambda body: body.update(namespace))
+    for method, transform in per_method.items():
+        setattr(cls, method, _lifted_method(transform, cls, base, method))
+    return cls
+
+
+def _normalise(make: Callable[..., Transform], base: type, methods: Any) -> Mapping[str, dict[str, Any]]:
+    name = make.__name__.lower().strip("_")
+    if methods is None:
+        methods = ["forward"]
+    if isinstance(methods, str) or not isinstance(methods, (list, tuple, dict)):
+        raise TransformTargetError(
+            f"{name}({base.__name__}): methods is {methods!r}, expected None, a list of method names, or a dict of "
+            "method names to arguments"
+        )
+    for method in methods:
+        if not callable(getattr(base, method, None)):
+            raise TransformTargetError(f"{name}({base.__name__}): there is no method {method!r} to lift")
+    return dict(methods) if isinstance(methods, dict) else {method: {} for method in methods}
+
+
+def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> Callable[..., Any]:
+    fn = inspect.getattr_static(base, method)
+    label = transform.label(base)
+
+    @functools.wraps(fn)
+    def lifted(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        # NOTE [Inside]. In a body the shadow of `self` has the lifted class, so that isinstance, properties and
+        # overrides hold; marked, its lifted methods are the plain ones there, or they would lift themselves forever.
+        if cls in self.__dict__.get(INSIDE, ()):
+            return fn(self, *args, **kwargs)
+        return transform.call(fn, self, args, kwargs, label, cls)
+
+    return lifted
+
+
+def _freeze(value: Any) -> Any:
+    """A hashable key for an argument; what has no value of its own (functions, devices) counts by identity."""
+    if isinstance(value, Mapping):
+        return ("dict", tuple((_freeze(k), _freeze(v)) for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, tuple(_freeze(v) for v in value))
+    if isinstance(value, (set, frozenset)):
+        return ("set", frozenset(_freeze(v) for v in value))
+    try:
+        hash(value)
+    except TypeError:
+        return ("id", id(value))
+    return (type(value).__name__, value)  # the type too: 0 == False, 1 == True
+
+
+# Pickling ------------------------------------------------------------------------------------------------------------
+
+
+class _Recipe:
+    """How a lifted class was made. One object for a class, also when an instance is deep-copied."""
+
+    def __init__(self, make: Callable[..., Transform], base: type[nn.Module], arguments: dict[str, Any], methods: Any):
+        self.make, self.base, self.arguments, self.methods = make, base, arguments, methods
+
+    def __deepcopy__(self, memo: Any) -> _Recipe:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Recipe, (self.make, _recipe(self.base), self.arguments, self.methods)
+
+    def lifted(self) -> type[nn.Module]:
+        base = self.base.lifted() if isinstance(self.base, _Recipe) else self.base
+        return lift_class(self.make, base, self.arguments, self.methods)
+
+
+def _recipe(cls: type[nn.Module]) -> Any:
+    return cls.__dict__.get("_torchlift_recipe", cls)
+
+
+def _reduce(self: nn.Module, protocol: int) -> Any:
+    """NOTE [Pickle]. A lifted class is found in no module; it is lifted again from its base when unpickled."""
+    if "_torchlift_recipe" not in type(self).__dict__:  # a user's own subclass, which is found by its name
+        return object.__reduce_ex__(self, protocol)
+    return _rebuild, (_recipe(type(self)),), self.__getstate__()
+
+
+def _rebuild(recipe: _Recipe) -> nn.Module:
+    cls = recipe.lifted()
+    return cls.__new__(cls)
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """An argument that may be one item or several, as a tuple."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)

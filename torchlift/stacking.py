@@ -1,0 +1,399 @@
+"""Several modules of one structure held as one, with their variables stacked; and taken apart again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat, rng
+from torchlift.errors import AxisError, LayerMismatchError, StackedModuleError
+from torchlift.groups import Groups
+from torchlift.variables import AT, collection_of, own_tensors
+
+_PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How the instances of a lifted class are stacked: an axis for each collection, and the sizes if they are told."""
+
+    groups: Groups
+    sizes: tuple[int, ...] | None
+
+    @property
+    def label(self) -> str:
+        return self.groups.label
+
+    def axis(self, module: nn.Module, store: str, key: str) -> int | None:
+        return self.groups.role(collection_of(module, store, key)).axis
+
+
+def _located(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Tensor]]:
+    """``(dotted name, owner, store, key, tensor)`` of every tensor of a module, each name of a tied one included."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for store, key, tensor in own_tensors(owner):
+            yield (f"{path}.{key}" if path else key), owner, store, key, tensor
+
+
+# Stack ---------------------------------------------------------------------------------------------------------------
+
+
+def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...], how: Stacking) -> None:
+    """Makes ``stack`` hold ``modules``, each of which is dropped as soon as it was copied in.
+
+    NOTE [Construction]. Each index is built by the user's own ``__init__``, so that fan-in and initialisers are
+    those of one layer, and copied straight into the stacked tensors: peak memory is the stack plus one layer.
+    """
+    first = next(modules)
+    # The very same __dict__, not a copy: what refers back to `first` (a hook that is a bound method) sees the stack.
+    object.__setattr__(stack, "__dict__", first.__dict__)
+    slots = list(_located(first))
+    stacks: dict[Tensor, Tensor] = {}
+    for name, owner, store, key, tensor in slots:
+        if tensor not in stacks:
+            stacks[tensor] = _stack_like(tensor, how.axis(owner, store, key), sizes, f"{how.label}: {name!r}")
+        owner.__dict__[store][key] = stacks[tensor]
+    _replace_in_lists(first, stacks)
+    for index in range(1, math.prod(sizes)):
+        _copy_in(slots, next(modules), index, sizes, how)
+
+
+def _stack_like(tensor: Tensor, axis: int | None, sizes: tuple[int, ...], where: str) -> Tensor:
+    """A stack for tensors like this one, with this one in its first place."""
+    if axis is None:
+        return tensor
+    at = _position(axis, tensor.ndim + 1, where)
+    new = tensor.new_empty((*tensor.shape[:at], *sizes, *tensor.shape[at:]))
+    if math.prod(sizes):
+        _select(new, at, 0, sizes).copy_(tensor.detach())
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+def _position(axis: int, ndim: int, where: str) -> int:
+    """``axis``, which counts in a tensor of ``ndim`` dimensions, as a number from 0 on."""
+    if not -ndim <= axis < ndim:
+        raise AxisError(f"{where} has {ndim - 1} dimensions, so its stack has axes {-ndim} to {ndim - 1}, got {axis}")
+    return axis % ndim
+
+
+def _select(stack: Tensor, axis: int, index: int, sizes: tuple[int, ...]) -> Tensor:
+    """The view of a stack at a flat ``index`` over ``sizes``, which lie from ``axis`` on. ``axis`` may not be negative."""
+    view = stack.detach()
+    for size, rest in zip(sizes, _strides(sizes)):
+        view = view.select(axis, index // rest % size)
+    return view
+
+
+def _strides(sizes: tuple[int, ...]) -> list[int]:
+    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+
+
+def _copy_in(slots: Sequence[Any], module: nn.Module, index: int, sizes: tuple[int, ...], how: Stacking) -> None:
+    others = list(_located(module))
+    if [s[0] for s in slots] != [o[0] for o in others]:
+        raise LayerMismatchError(
+            f"{how.label}: module {index} has variables {[o[0] for o in others]}, expected those of module 0: "
+            f"{[s[0] for s in slots]}"
+        )
+    for (name, owner, store, key, _), (*_, other) in zip(slots, others):
+        stack = owner.__dict__[store][key]
+        axis = how.axis(owner, store, key)
+        where = f"{how.label}: {name!r} of module {index}"
+        if stack.requires_grad != other.requires_grad:
+            raise LayerMismatchError(
+                f"{where} has requires_grad={other.requires_grad}, expected {stack.requires_grad} as in module 0: a "
+                "stack is frozen as a whole"
+            )
+        if axis is None:
+            if other is not stack and not _equal(stack, other):
+                collection = collection_of(owner, store, key)
+                raise AxisError(
+                    f"{where} differs from that of module 0, expected equal values: {collection!r} is shared there; "
+                    f"give it an axis: variable_axes={{{collection!r}: 0}}"
+                    + (" and split_rngs={'params': True}, or share the draws: split_rngs={'params': False}"
+                       if collection == "params" else "")
+                )
+            continue
+        at = axis % (other.ndim + 1)
+        place = _select(stack, at, index, sizes)
+        if place.shape != other.shape or place.dtype != other.dtype:
+            raise LayerMismatchError(
+                f"{where} is {tuple(other.shape)} {other.dtype}, expected {tuple(place.shape)} {place.dtype} as in "
+                "module 0"
+            )
+        place.copy_(other.detach())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.is_meta or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
+
+
+def _replace_in_lists(module: nn.Module, stacks: dict[Tensor, Tensor]) -> None:
+    """Plain lists of a module's own tensors (``nn.LSTM`` keeps one) hold the stacks too."""
+    for owner in module.modules():
+        for value in owner.__dict__.values():
+            if type(value) is list:
+                value[:] = [stacks.get(item, item) if isinstance(item, Tensor) else item for item in value]
+
+
+# Take apart ----------------------------------------------------------------------------------------------------------
+
+
+def module_at(stack: nn.Module, base: type[nn.Module], index: int, how: Stacking, share: bool) -> nn.Module:
+    """Module ``index`` of a stack: with its own tensors, or with views of the stack (``share``)."""
+    sizes = sizes_of(stack, how)
+    module = base.__new__(base)
+    memo: dict[int, Any] = {id(stack): module}
+    for _, owner, store, key, tensor in _located(stack):
+        if id(tensor) in memo:
+            continue
+        axis = how.axis(owner, store, key)
+        view = tensor.detach() if axis is None else _select(tensor, axis % (tensor.ndim - len(sizes) + 1), index, sizes)
+        view = view if share else view.clone()
+        memo[id(tensor)] = nn.Parameter(view, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
+    for owner in stack.modules():  # derived attributes (weight norm) are no leaves, which deepcopy refuses to copy
+        memo.update({id(v): v for v in owner.__dict__.values() if isinstance(v, Tensor) and id(v) not in memo})
+    object.__setattr__(module, "__dict__", copy.deepcopy(stack.__dict__, memo))
+    return module
+
+
+def sizes_of(stack: nn.Module, how: Stacking) -> tuple[int, ...]:
+    """The sizes of a stack, read off its tensors: how many modules there are on each stacked axis."""
+    levels = len(how.sizes) if how.sizes is not None else 1
+    for _, owner, store, key, tensor in _located(stack):
+        axis = how.axis(owner, store, key)
+        if axis is not None:
+            at = axis % (tensor.ndim - levels + 1)
+            return tuple(tensor.shape[at : at + levels])
+    if how.sizes is None:
+        raise AxisError(f"{how.label}: nothing in the module has a stacked axis, and no size was given")
+    return how.sizes
+
+
+def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Callable[[nn.Module], Any]) -> None:
+    """Runs ``fn`` on each module of a stack, on views, and brings back what it rebound."""
+    sizes = sizes_of(stack, how)
+    for index in range(math.prod(sizes)):
+        module = module_at(stack, base, index, how, share=True)
+        before = {name: tensor for name, *_, tensor in _located(module)}
+        fn(module)
+        places = {name: (owner, store, key) for name, owner, store, key, _ in _located(stack)}
+        for name, *_, tensor in _located(module):
+            if tensor is not before.get(name):
+                owner, store, key = places[name]
+                whole = owner.__dict__[store][key]
+                axis = how.axis(owner, store, key)
+                place = whole.detach() if axis is None else _select(
+                    whole, axis % (whole.ndim - len(sizes) + 1), index, sizes
+                )
+                place.copy_(tensor.detach())
+
+
+# Members of lifted classes -------------------------------------------------------------------------------------------
+
+
+def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
+    """What a lifted class with stacked variables has of its own: construction, and everything that is per index."""
+
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if how.sizes is None:
+            _postpone(self, base, args, kwargs)
+        else:
+            fill(self, _built(base, args, kwargs, how), how.sizes, how)
+
+    def from_modules(cls: type[nn.Module], modules: Iterable[nn.Module]) -> nn.Module:
+        """One instance from existing modules, whose tensors are copied."""
+        given = list(modules)
+        for index, module in enumerate(given):
+            if not isinstance(module, base):
+                raise LayerMismatchError(
+                    f"{how.label}: module {index} is a {type(module).__name__}, expected a {base.__name__}"
+                )
+        sizes = how.sizes if how.sizes is not None else (len(given),)
+        if math.prod(sizes) != len(given) or not given:
+            raise AxisError(f"{how.label}: got {len(given)} modules, expected {math.prod(sizes) or 'at least one'}")
+        stack = cls.__new__(cls)
+        fill(stack, iter([copy.deepcopy(given[0]), *given[1:]]), sizes, how)
+        return stack
+
+    def to_modules(self: nn.Module) -> list[nn.Module]:
+        """The modules one by one, each with tensors of its own."""
+        count = math.prod(sizes_of(self, how))
+        return [module_at(self, base, index, how, share=False) for index in range(count)]
+
+    def apply(self: nn.Module, fn: Callable[[nn.Module], Any]) -> nn.Module:
+        """``nn.Module.apply`` of each module by itself: an initialiser sees the shapes of one layer."""
+        _map_indices(self, base, how, lambda module: module.apply(fn))
+        return self
+
+    def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if _PENDING in self.__dict__:
+            for name, owner, store, key, _ in _located(self):
+                axis = how.axis(owner, store, key)
+                if axis is not None and prefix + name in state_dict:
+                    materialize(self, state_dict[prefix + name].shape[axis])
+                    break
+        super(cls_of(self), self)._load_from_state_dict(state_dict, prefix, *rest)
+
+    def cls_of(self: nn.Module) -> type:
+        return next(c for c in type(self).__mro__ if c.__dict__.get("_torchlift_base") is base)
+
+    found: dict[str, Any] = {
+        "__init__": __init__,
+        "from_modules": classmethod(from_modules),
+        "to_modules": to_modules,
+        "apply": apply,
+        "_load_from_state_dict": _load_from_state_dict,
+        "_torchlift_base": base,
+        "_torchlift_stacking": how,
+    }
+    if hasattr(base, "reset_parameters"):
+
+        def reset_parameters(self: nn.Module) -> None:
+            _map_indices(self, base, how, lambda module: module.reset_parameters())
+
+        found["reset_parameters"] = reset_parameters
+    __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]  # for help() and inspect.signature
+    return found
+
+
+def _built(base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> Iterator[nn.Module]:
+    """Instances of ``base``, one index after the other; the draws of all are the same unless ``params`` is split."""
+    split = how.groups.splits(rng.PARAMS)
+    start = rng.default_states()
+    while True:
+        if not split:
+            rng.restore_defaults(start)
+        yield base(*args, **kwargs)
+
+
+# Size not known yet --------------------------------------------------------------------------------------------------
+
+
+def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any) -> None:
+    """NOTE [Lazy size]. As torch's lazy modules: the parameters exist, uninitialised, so that an optimizer may hold
+    them; the first call or ``load_state_dict`` tells the size, and then each index is built."""
+    before = rng.default_states()
+    one = base(*args, **kwargs)
+    rng.restore_defaults(before)  # it is there for its names only: the stack's own construction draws
+    object.__setattr__(stack, "__dict__", one.__dict__)
+    for _, owner, store, key, tensor in list(_located(one)):
+        if isinstance(tensor, nn.Parameter):
+            lazy: Any = nn.UninitializedParameter(tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
+        else:
+            lazy = nn.UninitializedBuffer(device=tensor.device, dtype=tensor.dtype)
+        owner.__dict__[store][key] = lazy
+    stack.__dict__[_PENDING] = (base, args, kwargs)
+
+
+def is_pending(module: nn.Module) -> bool:
+    """Whether ``module`` is a stack that waits for its size."""
+    return _PENDING in module.__dict__
+
+
+def materialize(stack: nn.Module, size: int) -> None:
+    """Builds a stack that waited for its size, into the parameters that it already has."""
+    base, args, kwargs = stack.__dict__[_PENDING]
+    how: Stacking = type(stack)._torchlift_stacking  # type: ignore[attr-defined]
+    new = type(stack).__new__(type(stack))
+    fill(new, _built(base, args, kwargs, how), (size,), how)
+    built = {name: tensor for name, *_, tensor in _located(new)}
+    for name, _, _, _, lazy in list(_located(stack)):
+        source = built[name]
+        if isinstance(lazy, _compat.UninitializedTensor):
+            lazy.materialize(source.shape, device=lazy.device, dtype=lazy.dtype)
+            with torch.no_grad():
+                lazy.copy_(source)
+    del stack.__dict__[_PENDING]
+
+
+# Stacks for the function forms ---------------------------------------------------------------------------------------
+
+
+def stack_modules(modules: Iterable[nn.Module], axis: int = 0) -> nn.Module:
+    """One module of the same class that holds several, for the function forms of ``vmap`` and ``scan``.
+
+    Args:
+        modules: modules of one class and equal structure; their tensors are copied.
+        axis: the axis of every parameter and buffer on which they are stacked.
+
+    Returns:
+        A module of their class with stacked tensors. It cannot be called directly: its class's ``forward`` knows
+        nothing of the axis.
+
+    Raises:
+        LayerMismatchError: the modules differ in class, names, shapes, dtypes or ``requires_grad``.
+        AxisError: there are no modules.
+
+    Example:
+        >>> layers = [torch.nn.Linear(2, 2) for _ in range(3)]
+        >>> stack = torchlift.stack_modules(layers)
+        >>> both = torchlift.vmap(lambda layer, x: layer(x), variable_axes={"params": 0}, in_axes=None)
+        >>> both(stack, torch.ones(2)).shape
+        torch.Size([3, 2])
+    """
+    given = list(modules)
+    label = "stack_modules"
+    if not given:
+        raise AxisError(f"{label}: got no modules, expected at least one")
+    for index, module in enumerate(given):
+        if type(module) is not type(given[0]):
+            raise LayerMismatchError(
+                f"{label}: module {index} is a {type(module).__name__}, expected a {type(given[0]).__name__}"
+            )
+    stack = copy.copy(given[0])
+    how = Stacking(Groups(label, {True: axis}), (len(given),))
+    fill(stack, iter([copy.deepcopy(given[0]), *given[1:]]), (len(given),), how)
+    stack.__dict__["_torchlift_stack"] = how
+    stack.register_forward_pre_hook(_refuse_call)
+    return stack
+
+
+def _refuse_call(module: nn.Module, args: Any) -> None:
+    if AT not in module.__dict__:
+        raise StackedModuleError(
+            f"stack_modules: a stack of {type(module).__name__} was called directly; call it through "
+            "torchlift.vmap(fn, variable_axes={True: 0})(stack, ...) or torchlift.scan, or take it apart with "
+            "unstack_modules"
+        )
+
+
+def unstack_modules(stack: nn.Module) -> list[nn.Module]:
+    """The modules that :func:`stack_modules` put together.
+
+    Args:
+        stack: what ``stack_modules`` returned.
+
+    Returns:
+        The modules in order, each with tensors of its own.
+
+    Raises:
+        StackedModuleError: ``stack`` did not come from ``stack_modules``.
+
+    Example:
+        >>> layers = [torch.nn.Linear(2, 2) for _ in range(3)]
+        >>> again = torchlift.unstack_modules(torchlift.stack_modules(layers))
+        >>> all(torch.equal(a.weight, b.weight) for a, b in zip(layers, again))
+        True
+    """
+    how = stack.__dict__.get("_torchlift_stack")
+    if how is None:
+        raise StackedModuleError(
+            f"unstack_modules: got a {type(stack).__name__}, expected what stack_modules returned; an instance of a "
+            "lifted class has to_modules()"
+        )
+    modules = []
+    for index in range(math.prod(sizes_of(stack, how))):
+        module = module_at(stack, type(stack), index, how, share=False)
+        del module.__dict__["_torchlift_stack"]
+        hooks = module.__dict__["_forward_pre_hooks"]
+        for key in [key for key, hook in hooks.items() if hook is _refuse_call]:
+            del hooks[key]
+        modules.append(module)
+    return modules

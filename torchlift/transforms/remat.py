@@ -1,0 +1,107 @@
+"""Lifted remat: a module whose intermediate values are computed again in backward rather than kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchlift import _tree, rng
+from torchlift._context import entered
+from torchlift.engine.remat import checkpointed, is_recomputing
+from torchlift.filters import Filter, check, matches
+from torchlift.lifting import Target, Transform, lift
+from torchlift.pack import Meta, Packed, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Remat(Transform):
+    variables: Filter = True
+    rngs: Filter = True
+    policy: Callable[..., Any] | None = None
+
+    def call(
+        self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
+    ) -> Any:
+        check(self.variables, f"{label}: variables")
+        check(self.rngs, f"{label}: rngs")
+        packed = Packed(fn, module, args, kwargs, label, inside)
+        packed.allow(lambda c: matches(self.variables, c), lambda c: f"add {c!r} to variables=")
+        begin = rng.positions()
+        packed.refuse(
+            [stream for stream in (rng.DROPOUT, *begin) if not matches(self.rngs, stream)],
+            lambda stream: f"add {stream!r} to rngs=",
+        )
+
+        def run(tensors: Any, leaves: Any) -> Any:
+            with entered(streams=begin) if is_recomputing() else entered():
+                out, update = packed.pure(tensors, packed.with_tensors(leaves))
+            flat, spec = _tree.flatten((out, update.changed, update.sown))
+            return flat, _Static(spec, update.meta)
+
+        leaves = [packed.leaves[at] for at in packed.tensor_leaves]
+        flat, static = checkpointed(run, self.policy, name=label)(packed.snapshot(), leaves)
+        out, changed, sown = _tree.unflatten(flat, static.spec)
+        packed.publish(Update(changed, sown, static.meta))
+        return out
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What is static about a result; a leaf of the tree that is rematerialised."""
+
+    spec: _tree.Spec
+    meta: Meta
+
+
+def checkpoint(
+    target: Target = None,
+    variables: Filter = True,
+    rngs: Filter = True,
+    concrete: bool = False,
+    prevent_cse: bool = True,
+    static_argnums: int | Sequence[int] = (),
+    policy: Callable[..., Any] | None = None,
+    methods: Any = None,
+    *,
+    static_argnames: str | Sequence[str] = (),
+) -> Any:
+    """Computes a module's intermediate values again in backward, rather than keeping them.
+
+    The lifted counterpart of ``jax.checkpoint`` (and of ``flax.linen.remat``), also under the name ``remat``. Unlike
+    ``torch.utils.checkpoint`` it works under ``torch.func.grad``, ``vjp`` and ``vmap``, and updates batch statistics
+    once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
+
+    Args:
+        target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as
+            a decorator.
+        variables: the collections that the body may change.
+        rngs: the random streams that it may draw from; it draws the same again in the recomputation.
+        concrete: has no meaning in torch, where Python control flow always works; accepted.
+        prevent_cse: has no meaning in torch; accepted.
+        static_argnums: has no meaning in torch, where what is no tensor is static; accepted.
+        policy: which intermediate values are kept; see ``torchlift.checkpoint_policies``. None keeps nothing.
+        methods: the methods to lift, for a class: a list, or a dict of arguments for each.
+        static_argnames: as ``static_argnums``.
+
+    Returns:
+        A subclass of ``target``, or a function of the same signature, with the same values, gradients and state.
+
+    Raises:
+        ModifyCollectionError: the body changed a collection outside of ``variables``.
+        RandomnessError: the body drew from a stream outside of ``rngs``.
+        TransformTargetError: ``target`` is a module instance, or nothing that can be lifted.
+
+    Example:
+        >>> block = torchlift.remat(torch.nn.TransformerEncoderLayer)(8, 2, batch_first=True)
+        >>> block(torch.ones(1, 4, 8)).sum().backward()
+        >>> block.linear1.weight.grad.shape
+        torch.Size([2048, 8])
+    """
+    del concrete, prevent_cse, static_argnums, static_argnames
+    return lift(_Remat, target, {"variables": variables, "rngs": rngs, "policy": policy}, methods)
+
+
+remat = checkpoint

@@ -1,0 +1,299 @@
+"""Lifted vmap: one module for many, each with its own or shared variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat, _tree, axes, rng, stacking
+from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, TorchliftWarning, warn
+from torchlift.groups import Groups
+from torchlift.lifting import Target, Transform, lift
+from torchlift.pack import Packed, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Vmap(Transform):
+    variable_axes: Mapping[Any, Any] = field(default_factory=dict)
+    split_rngs: Mapping[Any, bool] = field(default_factory=dict)
+    in_axes: Any = 0
+    out_axes: Any = 0
+    axis_size: int | None = None
+    axis_name: str | None = None
+    spmd_axis_name: str | None = None
+    metadata_params: Mapping[Any, Any] = field(default_factory=dict)
+    chunk_size: int | None = None
+
+    def groups(self, label: str) -> Groups:
+        return Groups(label, self.variable_axes, split_rngs=self.split_rngs)
+
+    def stacking(self, base: type[nn.Module]) -> stacking.Stacking | None:
+        groups = self.groups(self.label(base))
+        sizes = None if self.axis_size is None else (self.axis_size,)
+        return stacking.Stacking(groups, sizes) if groups.has_axis else None
+
+    def call(
+        self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
+    ) -> Any:
+        groups = self.groups(label)
+        leaf_axes = _argument_axes(self.in_axes, args, kwargs, label)
+        if stacking.is_pending(module):
+            leaves, _ = _tree.flatten((args, kwargs))
+            stacking.materialize(module, self._size([], [], leaves, leaf_axes, label))
+        packed = Packed(fn, module, args, kwargs, label, inside)
+        roles = packed.group(groups.role)
+        packed.allow(lambda c: groups.role(c).writable, lambda c: f"give it an axis: variable_axes={{{c!r}: 0}}")
+        packed.refuse(groups.untold_streams(rng.positions()))
+        size = self._size(packed.entries, roles, packed.leaves, leaf_axes, label)
+        run = _Run(packed, groups, self.out_axes, size)
+        mapped = packed.tensor_leaves
+        in_dims = (0, [role.axis for role in roles], [leaf_axes[at] for at in mapped])
+        inputs = (torch.arange(size, device=packed.device), packed.tensors, [packed.leaves[at] for at in mapped])
+        out, update = run.finish(self._map(run, in_dims, inputs, groups))
+        packed.publish(update)
+        return out
+
+    def _map(self, run: _Run, in_dims: Any, inputs: Any, groups: Groups) -> list[Tensor]:
+        splits = {stream: groups.splits(stream) for stream in (rng.DROPOUT, *rng.positions())}
+        if run.size == 0:
+            return run.empty(in_dims, inputs)
+        if len({split for split in splits.values() if split is not None}) > 1:
+            return run.by_index(in_dims, inputs, splits)  # torch's vmap knows one kind of randomness at a time
+        mapped = torch.func.vmap(
+            lambda index, tensors, leaves: run.one(index, tensors, leaves, self.axis_name),
+            in_dims=in_dims,
+            randomness={True: "different", False: "same", None: "error"}[splits[rng.DROPOUT]],
+            chunk_size=self.chunk_size,
+        )
+        start = () if _compat.is_compiling() else rng.default_states()
+        try:
+            return mapped(*inputs)
+        except RuntimeError as error:
+            text = str(error)
+            if "randomness error mode" in text:
+                raise RandomnessError(dict(run.packed.refused)[rng.DROPOUT]) from error
+            if any(part in text for part in _WRITES_SHARED):
+                raise ModifyCollectionError(_shared_write(run.packed)) from error
+            if self.axis_name is not None or not any(part in text for part in _NO_BATCHING_RULE):
+                raise
+            _warn_once(run.packed.fn, f"{groups.label}: runs index by index, since torch says: {text.splitlines()[0]}")
+        rng.restore_defaults(start)
+        return run.by_index(in_dims, inputs, splits)
+
+    def _size(self, entries: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any], label: str) -> int:
+        sizes: dict[str, int] = {} if self.axis_size is None else {"axis_size": self.axis_size}
+        for entry, role in zip(entries, roles, strict=True):
+            if role.axis is not None:
+                name = f"{entry.name!r} in {entry.collection!r}"
+                sizes[f"{name} (axis {role.axis})"] = _size_on(entry.tensor, role.axis, f"{label}: {name}")
+        for number, (leaf, axis) in enumerate(zip(leaves, leaf_axes, strict=True)):
+            if axis is not None and isinstance(leaf, Tensor):
+                sizes[f"argument leaf {number} (axis {axis})"] = _size_on(leaf, axis, f"{label}: argument leaf {number}")
+        if not sizes:
+            raise AxisError(f"{label}: nothing has a mapped axis, so the size is not known; pass axis_size=")
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+            raise AxisError(f"{label}: the sizes of the mapped axis disagree, expected one: {listed}")
+        return next(iter(sizes.values()))
+
+
+def _shared_write(packed: Packed) -> str:
+    shared = [entry.name for entry, writable in zip(packed.entries, packed.writable) if not writable
+              and entry.store == "_buffers"]
+    collections = sorted({entry.collection for entry in packed.entries if entry.name in shared})
+    return (
+        f"{packed.label}: a body wrote what differs from index to index into a variable that all indices share, one of "
+        f"{shared}; give its collection an axis: variable_axes={{{', '.join(f'{c!r}: 0' for c in collections)}}}"
+    )
+
+
+_NO_BATCHING_RULE = ("Batching rule not implemented", "batching rule", "we could not generate a fallback",
+                     "does not have a batching rule", "vmap: It looks like you're")
+_WRITES_SHARED = ("vmap: inplace arithmetic", "which will be updated in place, were not batched", "vmap: aten::")
+_warned: set[Any] = set()
+
+
+def _warn_once(fn: Any, message: str) -> None:
+    if fn not in _warned:
+        _warned.add(fn)
+        warn(message, TorchliftWarning)
+
+
+def _size_on(tensor: Tensor, axis: int, where: str) -> int:
+    if not -tensor.ndim <= axis < tensor.ndim:
+        raise AxisError(f"{where} has shape {tuple(tensor.shape)}, which has no axis {axis}")
+    return tensor.shape[axis]
+
+
+def _argument_axes(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: str) -> list[Any]:
+    """The axis of each leaf of ``(args, kwargs)``; keyword arguments are mapped on axis 0, as in ``torch.func.vmap``."""
+    if isinstance(in_axes, list):
+        in_axes = tuple(in_axes)
+    found = _tree.broadcast_prefix(in_axes, args, f"{label}: in_axes")
+    for axis in found:
+        if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+            raise AxisError(f"{label}: in_axes has {axis!r}, expected ints and None")
+    return found + [0] * len(_tree.flatten(kwargs)[0])
+
+
+class _Run:
+    """One mapped call: the body as a function of flat tensors, and how its results are put together again."""
+
+    def __init__(self, packed: Packed, groups: Groups, out_axes: Any, size: int):
+        self.packed, self.groups, self.out_axes, self.size = packed, groups, out_axes, size
+
+    def one(self, index: Tensor, tensors: Any, leaves: Any, axis_name: str | None = None) -> list[Tensor]:
+        """The body at one index. What is static about its results is kept in ``self``: it is the same at each."""
+        with axes.named(axis_name, self.size, index):
+            out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves))
+        flat, self.spec = _tree.flatten((out, update.changed, update.sown))
+        flat = [torch.as_tensor(x, device=index.device) if type(x) in _NUMBERS else x for x in flat]
+        self.meta = update.meta
+        self.static = [None if isinstance(x, Tensor) else (x,) for x in flat]
+        level = _compat.functorch_level(index)
+        results = [x for x in flat if isinstance(x, Tensor)]
+        self.mapped = [_compat.functorch_level(x) >= level for x in results]
+        return results
+
+    def by_index(self, in_dims: Any, inputs: Any, splits: Mapping[str, bool | None]) -> list[Tensor]:
+        """The same, index after index: for operators without a batching rule, and streams that differ in splitting."""
+        rows = []
+        start, positions = rng.default_states(), rng.positions()
+        for i in range(self.size):
+            if splits[rng.DROPOUT] is False:
+                rng.restore_defaults(start)
+            rng.rewind({name: at for name, at in positions.items() if not splits.get(name)})
+            rows.append(self.one(*_slices(in_dims, inputs, i)))
+        self.mapped = [any(not torch.equal(x, column[0]) for x in column) for column in zip(*rows, strict=True)]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    def empty(self, in_dims: Any, inputs: Any) -> list[Tensor]:
+        """What comes out of no index at all: the shapes of one, with 0 on the new axis."""
+        one = _compat.run_on_fakes(self.one, *_empty_slices(in_dims, inputs))
+        self.mapped = [True] * len(one)
+        return [torch.zeros((0, *x.shape), dtype=x.dtype, device=x.device) for x in one]
+
+    def finish(self, stacked: Sequence[Tensor]) -> tuple[Any, Update]:
+        """The results, each with the new axis where it belongs; ``stacked`` has it on 0."""
+        columns = iter(zip(stacked, self.mapped, strict=True))
+        trees = [next(columns) if static is None else static[0] for static in self.static]
+        out, changed, sown = _tree.unflatten(trees, self.spec)  # leaves are (tensor, whether it is mapped)
+        is_leaf = self._is_column
+        out_leaves, out_spec = _tree.flatten(out, is_leaf)
+        axes_out = _tree.broadcast_prefix(self.out_axes, out, f"{self.groups.label}: out_axes", is_leaf)
+        out = [self._place(leaf, axis, "an output") for leaf, axis in zip(out_leaves, axes_out, strict=True)]
+        changed = [
+            self._place(value, self.groups.role(change.collection).out_axis, f"{change.key!r} of {change.collection!r}")
+            for value, change in zip(changed, self.meta.changes, strict=True)
+        ]
+        sown = [self._place_sown(value, site.collection) for value, site in zip(sown, self.meta.sites, strict=True)]
+        return _tree.unflatten(out, out_spec), Update(changed, sown, self.meta)
+
+    @staticmethod
+    def _is_column(x: Any) -> bool:
+        return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], Tensor) and isinstance(x[1], bool)
+
+    def _place_sown(self, value: Any, collection: str) -> Any:
+        leaves, spec = _tree.flatten(value, self._is_column)
+        axis = self.groups.sown_axis(collection)
+        return _tree.unflatten([self._place(leaf, axis, f"a value sown in {collection!r}") for leaf in leaves], spec)
+
+    def _place(self, column: Any, axis: int | None, what: str) -> Any:
+        if not self._is_column(column):
+            return column
+        value, mapped = column
+        if axis is None:
+            if mapped:
+                raise AxisError(
+                    f"{self.groups.label}: {what} differs from index to index, but its axis is None; give it an axis"
+                )
+            return value[0]
+        if not -value.ndim <= axis < value.ndim:
+            raise AxisError(
+                f"{self.groups.label}: {what} has {value.ndim} dimensions, the mapped one included, so no axis {axis}"
+            )
+        return value.movedim(0, axis)
+
+
+_NUMBERS = (bool, int, float, complex)
+
+
+def _slices(in_dims: Any, inputs: Any, at: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Index ``at`` of ``(index, tensors, leaves)``."""
+    (_, dims, leaf_dims), (index, tensors, leaves) = in_dims, inputs
+    pick = [[x if d is None else x.select(d, at) for x, d in zip(xs, ds, strict=True)]
+            for xs, ds in ((tensors, dims), (leaves, leaf_dims))]
+    return index[at], pick[0], pick[1]
+
+
+def _empty_slices(in_dims: Any, inputs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    (_, dims, leaf_dims), (index, tensors, leaves) = in_dims, inputs
+    pick = [[x if d is None else x.new_empty(x.movedim(d, 0).shape[1:]) for x, d in zip(xs, ds, strict=True)]
+            for xs, ds in ((tensors, dims), (leaves, leaf_dims))]
+    return index.new_empty(()), pick[0], pick[1]
+
+
+def vmap(
+    target: Target = None,
+    variable_axes: Mapping[Any, Any] = {},  # noqa: B006  never mutated; an empty dict reads better in help()
+    split_rngs: Mapping[Any, bool] = {},  # noqa: B006
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_size: int | None = None,
+    axis_name: str | None = None,
+    spmd_axis_name: str | None = None,
+    metadata_params: Mapping[Any, Any] = {},  # noqa: B006
+    methods: Any = None,
+    *,
+    chunk_size: int | None = None,
+) -> Any:
+    """Maps a module over an axis, with variables of its own for each index or shared ones.
+
+    The lifted counterpart of ``torch.func.vmap`` (and of ``flax.linen.vmap``). A collection or random stream that is
+    not listed follows ``params``: where parameters have an axis, batch statistics are stacked and dropout masks
+    differ; where they are shared, other state is shared and read-only, and drawing raises.
+
+    Args:
+        target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as
+            a decorator.
+        variable_axes: for each collection filter the axis of its stacked variables, ``None`` for shared ones,
+            ``In(axis)`` for read-only, ``Out(axis)`` for ones that the body creates.
+        split_rngs: for each random stream whether its draws differ from index to index. ``params`` is what is drawn in
+            construction, ``dropout`` everything drawn from torch's default generators.
+        in_axes: the mapped axis of each positional argument: an int, None, or a tree that is a prefix of the
+            arguments. Keyword arguments are mapped on axis 0.
+        out_axes: where the axis goes in the outputs; None for outputs that are the same at every index.
+        axis_size: the number of indices, where it cannot be read off. A class lifted without it has parameters that
+            are uninitialised until the first call or ``load_state_dict``.
+        axis_name: a name for the axis, for ``psum`` and the like.
+        spmd_axis_name: the mesh axis over which the mapped axis is sharded.
+        metadata_params: passed to ``AxisMetadata.add_axis`` and ``remove_axis``.
+        methods: the methods to lift, for a class: a list, or a dict of arguments for each.
+        chunk_size: how many indices are computed at a time; None for all.
+
+    Returns:
+        A subclass of ``target``, or a function of the same signature.
+
+    Raises:
+        AxisError: sizes disagree, are missing, or an axis does not exist.
+        AliasError: one tensor is asked for on two axes.
+        ModifyCollectionError: the body changed a shared collection.
+        RandomnessError: the body drew from a stream that the transform was not told about.
+        TransformTargetError: ``target`` is a module instance, or nothing that can be lifted.
+
+    Example:
+        >>> Heads = torchlift.vmap(torch.nn.Linear, variable_axes={"params": 0}, in_axes=None, axis_size=4)
+        >>> heads = Heads(8, 2)
+        >>> heads.weight.shape, heads(torch.ones(5, 8)).shape
+        (torch.Size([4, 2, 8]), torch.Size([4, 5, 2]))
+    """
+    arguments = {
+        "variable_axes": variable_axes, "split_rngs": split_rngs, "in_axes": in_axes, "out_axes": out_axes,
+        "axis_size": axis_size, "axis_name": axis_name, "spmd_axis_name": spmd_axis_name,
+        "metadata_params": metadata_params, "chunk_size": chunk_size,
+    }
+    return lift(_Vmap, target, arguments, methods)
