@@ -180,7 +180,9 @@ def evaluate(fn, make, as_a_list: bool, way: dict[str, Any], compile: Any) -> tu
     if "lengths" in way:
         way["lengths"] = (2, length // 2) if length % 2 == 0 else (1, length, 1)
     inputs = [t for t in tensors(consts, carry, xs) if t.requires_grad] + [closed_over]
-    out = run(Body(fn, ("test", fn.__name__), f"scan({fn.__name__})"), consts, carry, xs, length, compile=compile, **way)
+    out = run(
+        Body(fn, ("test", fn.__name__), f"scan({fn.__name__})"), consts, carry, xs, length, compile=compile, **way
+    )
     state = torch.get_rng_state()
     outs = tensors(*out)
     loss = sum((t * torch.linspace(0.1, 2, t.numel()).view(t.shape)).sum().abs() for t in outs if t.requires_grad)

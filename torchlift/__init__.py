@@ -11,3 +11,5 @@ from torchlift.applying import apply
 from torchlift.engine.policies import checkpoint_name, checkpoint_policies
 from torchlift.engine.remat import is_recomputing
 from torchlift.transforms.remat import checkpoint, remat
+from torchlift.scan_layers import ScanLayers, scan_layers
+from torchlift.state_dict import stack_state_dict, unstack_state_dict

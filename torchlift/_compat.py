@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jvp, functionalize) is in effect."""
     # Not peek_interpreter_stack: in Dynamo's eyes that is never None.
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return torch._C._are_functorch_transforms_active()
 
 
 def forward_ad_active() -> bool:
@@ -104,16 +104,25 @@ def to_fake(mode: FakeTensorMode, like: torch.Tensor, dynamic_dims: frozenset[in
 
 def guards_of(mode: FakeTensorMode, fakes: list[torch.Tensor]) -> str | None:
     """The conditions on sizes under which a capture with ``fakes`` holds, for :func:`guards_hold`."""
-    return None if mode.shape_env is None else mode.shape_env.produce_guards_expression(fakes)
+    # Static sizes too: a symbolic size that tracing fixed after all counts as static.
+    return mode.shape_env and mode.shape_env.produce_guards_expression(fakes, ignore_static=False)
 
 
 def guards_hold(mode: FakeTensorMode, guards: str | None, tensors: list[torch.Tensor]) -> bool:
-    """Whether ``tensors`` meet ``guards``."""
-    return not guards or mode.shape_env.evaluate_guards_expression(guards, tensors)
+    """Whether ``tensors`` meet ``guards``, wherever in their storage they begin."""
+    if not guards:
+        return True
+    blanks = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+    return mode.shape_env.evaluate_guards_expression(guards, blanks)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size as it was when captured; to ask a symbolic size itself would fix it."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def joint_graph(fn: Callable[..., Any], fakes: list[torch.Tensor], train: bool, inductor: bool) -> torch.fx.GraphModule:
-    """``fn(*fakes) -> list`` as one graph of ATen operators: ``(outputs, gradients)`` if ``train``, else the outputs."""
+    """``fn(*fakes) -> list`` as a graph of ATen operators: ``(outputs, gradients)`` if ``train``, else the outputs."""
     from torch._functorch import config
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
@@ -137,7 +146,7 @@ def partition(
 
 
 class Inductor:
-    """Inductor for the graphs of one capture; the strides that the forward gives are passed on to the backward."""
+    """What Inductor needs around it while the graphs of one capture are traced, partitioned and compiled."""
 
     def __init__(self, mode: FakeTensorMode, options: dict[str, Any]) -> None:
         self.mode, self.options = mode, options
@@ -153,8 +162,6 @@ class Inductor:
         self.stack.enter_context(V.set_fake_mode(self.mode))
         self.stack.enter_context(tracing(TracingContext(self.mode)))
         self.stack.enter_context(config.patch(self.options))
-        self.stack.enter_context(torch._C._DisableAutocast())
-        self.stack.enter_context(torch.no_grad())
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -163,16 +170,16 @@ class Inductor:
     def forward(
         self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool
     ) -> tuple[Callable[[list[Any]], Any], list[Any] | None]:
-        """The compiled graph, called with a list that it empties, and the strides of its outputs where they are known."""
+        """The compiled graph, called with a list that it empties, and its outputs' strides where they are known."""
         from torch._guards import TracingContext
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
-        if not train and inputs:
+        if not train and self.options.get("use_joint_graph_passes", True):
             graph = joint_graph_passes(graph)
         output = next(iter(reversed(graph.graph.nodes)))
         output.meta["user_visible_output_idxs"] = list(range(visible))
-        with TracingContext.report_output_strides() as strides:
+        with TracingContext.report_output_strides() as strides, torch.no_grad(), torch._C._DisableAutocast():
             compiled = compile_fx_inner(graph, inputs, is_inference=not train)
         return _boxed(compiled), strides
 
@@ -182,7 +189,8 @@ class Inductor:
         output = next(iter(reversed(graph.graph.nodes)))
         nodes = output.args[0]
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
-        return _boxed(compile_fx_inner(graph, inputs, is_backward=True))
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return _boxed(compile_fx_inner(graph, inputs, is_backward=True))
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
@@ -311,6 +319,13 @@ def inductor_copies(op: Any) -> None:
     """Makes Inductor, where it is in use, take ``op(x, ...)`` for a copy of ``x``, which fuses with its neighbours."""
     import sys
 
-    module: Any = sys.modules.get("torch._inductor.lowering")
-    if module is not None and op not in module.lowerings:
-        module.register_lowering(op, type_promotion_kind=None)(lambda x, *rest: module.clone(x))
+    if "torch._inductor.compile_fx" in sys.modules:
+        from torch._inductor.lowering import clone, lowerings, register_lowering
+
+        # Where it met the operator before, Inductor has already put an opaque call of it there.
+        if getattr(lowerings.get(op), "__name__", "") != "copy_of_first":
+
+            def copy_of_first(x: Any, *rest: Any) -> Any:
+                return clone(x)
+
+            register_lowering(op, type_promotion_kind=None)(copy_of_first)

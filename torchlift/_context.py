@@ -7,8 +7,6 @@ is therefore kept here, where :func:`snapshot` and :func:`entered` can take it a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
@@ -26,14 +24,20 @@ class _Context(threading.local):
 context = _Context()
 
 
-@contextmanager
-def entered(**fields: Any) -> Iterator[_Context]:
-    """Sets fields of this thread's context for the duration of the block."""
-    before = {name: getattr(context, name) for name in fields}
-    for name, value in fields.items():
-        setattr(context, name, value)
-    try:
-        yield context
-    finally:
-        for name, value in before.items():
+class entered:
+    """Sets fields of this thread's context for the duration of a block. A class: half the cost of a generator."""
+
+    __slots__ = ("before", "fields")
+
+    def __init__(self, **fields: Any):
+        self.fields = fields
+
+    def __enter__(self) -> _Context:
+        self.before = {name: getattr(context, name) for name in self.fields}
+        for name, value in self.fields.items():
+            setattr(context, name, value)
+        return context
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self.before.items():
             setattr(context, name, value)

@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchlift.errors import UnsupportedError
-from torchlift.pack import INTERNALS, Node, Packed
+from torchlift.collecting import INTERNALS, SCALARS, Node
+from torchlift.pack import Packed
+from torchlift.variables import AT
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, range)
 _DEPTH = 6
 
 
-def of_packed(packed: Packed) -> Hashable:
-    """The key of a packed call: its function, its modules, and where its tensors go."""
-    nodes = tuple(_of_node(node) for node in packed.nodes)
+def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
+    """The key of a packed call: its function, its modules, and where its tensors go.
+
+    ``skip`` names plain attributes that are not part of it.
+    """
+    nodes = tuple(_of_node(node, skip) for node in packed.nodes)
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     return (_of_callable(packed.fn, _DEPTH), nodes, packed.inside, captures, tuple(packed.writable), packed.hidden)
 
@@ -33,19 +38,19 @@ def of_packed(packed: Packed) -> Hashable:
 def of_module(module: nn.Module) -> dict[str, Hashable]:
     """The plain attributes of one module by name, without those that hold tensors or modules."""
     return {
-        key: of_value(value, _DEPTH)
+        key: (type(value), value) if type(value) in SCALARS else of_value(value, _DEPTH)
         for key, value in module.__dict__.items()
-        if key not in INTERNALS and not isinstance(value, (Tensor, nn.Module))
+        if key not in INTERNALS and key != AT and not isinstance(value, (Tensor, nn.Module))
     }
 
 
-def _of_node(node: Node) -> Hashable:
+def _of_node(node: Node, skip: Sequence[str]) -> Hashable:
     return (
         type(node.module),
         node.path,
         tuple(node.tensors),
         tuple(node.children),
-        tuple(of_module(node.module).items()),
+        tuple((k, v) for k, v in of_module(node.module).items() if k not in skip and node.dotted(k) not in skip),
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from torchlift import stacking
 from torchlift.errors import TransformTargetError
-from torchlift.pack import INSIDE
+from torchlift.collecting import INSIDE
 
 Target = Any  # a module class, a functools.partial of one, or a function whose first argument is a module
 

@@ -15,7 +15,7 @@ from torchlift.errors import VariableNameError
 from torchlift.filters import Filter, check, matches
 
 PARAMS, BATCH_STATS, BUFFERS, INTERMEDIATES = "params", "batch_stats", "buffers", "intermediates"
-_COLLECTIONS = "_torchlift_collections"  # in a module's __dict__: {buffer name: collection}, for those the user chose
+COLLECTIONS = "_torchlift_collections"  # in a module's __dict__: {buffer name: collection}, for those the user chose
 AT = "_torchlift_at"  # in the __dict__ of a module bound in a body: (index of its root, its dotted path in there)
 ATTRIBUTE = "attribute"  # the store, and the collection, of a tensor that is kept in a plain attribute
 
@@ -24,7 +24,7 @@ def collection_of(module: nn.Module, store: str, key: str) -> str:
     """The collection of ``module``'s own tensor ``key``, which lies in ``store`` (``_parameters`` or ``_buffers``)."""
     if store == "_parameters":
         return PARAMS
-    chosen = module.__dict__.get(_COLLECTIONS)
+    chosen = module.__dict__.get(COLLECTIONS)
     if chosen is not None and key in chosen:
         return chosen[key]
     return BATCH_STATS if isinstance(module, _compat.NormBase) else BUFFERS
@@ -33,7 +33,7 @@ def collection_of(module: nn.Module, store: str, key: str) -> str:
 def assign_collection(module: nn.Module, key: str, collection: str) -> None:
     """Notes that ``module``'s own buffer ``key`` belongs to ``collection``."""
     # A new dict, not an entry in the old one: modules bound in a body share theirs with the module they stand for.
-    module.__dict__[_COLLECTIONS] = {**module.__dict__.get(_COLLECTIONS, {}), key: collection}
+    module.__dict__[COLLECTIONS] = {**module.__dict__.get(COLLECTIONS, {}), key: collection}
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

@@ -227,8 +227,8 @@ def trace(
     def flat(*inputs: torch.Tensor) -> list[torch.Tensor]:
         carry, ys = fn(*(t.clone() if mutated else t for t, mutated in zip(inputs, seen.mutated)))
         outputs = split(carry)[0] + [t for y in ys for t in split(y)[0]]
-        outputs = [out.clone() if aliased else out for out, aliased in zip(outputs, seen.aliased)]
-        return [like_strided(out, like) for out, like in zip(outputs, carry_likes)] + outputs[len(carry_likes) :]
+        laid = [like_strided(out, like) for out, like in zip(outputs, carry_likes)] + outputs[len(carry_likes) :]
+        return [out.clone() if aliased or out._is_view() else out for out, aliased in zip(laid, seen.aliased)]
 
     with _quiet(), torch.set_grad_enabled(train):
         joint = _compat.joint_graph(flat, fakes, train, inductor)
@@ -339,7 +339,7 @@ def _wire(
 
 
 def _view_in_backward(saved: torch.fx.Node, bw: torch.fx.GraphModule) -> torch.fx.Node:
-    """What to save for ``saved``: where it is a view of an input (a transposed weight), the input; backward views it."""
+    """What to save for ``saved``: of a view of an input (a transposed weight) the input, which backward views."""
     chain = []
     node = saved
     while node.op == "call_function" and getattr(node.target, "is_view", False):

@@ -103,15 +103,20 @@ class _Finder(Closures):
     def __init__(self, given: Sequence[torch.Tensor], refuse: Callable[[torch.Tensor], None]) -> None:
         super().__init__(given, watch=True)
         self.depth = _compat.functorch_depth()
+        self.around = [mode for mode in reversed(_compat.function_modes()) if isinstance(mode, Closures)]
         self.refuse = refuse
         self.found: list[torch.Tensor] = []
 
     def on_foreign(self, x: torch.Tensor) -> None:
-        # Levels are unambiguous here: what is wrapped deeper than we stand was wrapped in the body.
-        inner = x
+        # Levels are unambiguous here: what is wrapped deeper than we stand was wrapped in the body. But where a region
+        # around this one runs again, it has its own operand in the place of `x`, and that is what counts.
+        resolved = x
+        for mode in self.around:
+            resolved = mode.operands.get(id(resolved), resolved)
+        inner = resolved
         while _compat.functorch_level(inner) > self.depth:
             inner = _compat.unwrapped_once(inner)
-        if inner is not x:
+        if inner is not resolved:
             if _compat.is_wrapped(inner) or inner.requires_grad:
                 self.refuse(inner)
             return

@@ -15,7 +15,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine import capture
 from torchlift.engine.capture import CaptureError, Signature, stride_order
-from torchlift.engine.graphs import Backend, compile_graphs
+from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.loop import Body
 from torchlift.engine.node import Program, tangent_orders
 from torchlift.errors import TorchliftError
@@ -253,11 +253,13 @@ def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.
     if seen.closures:
         raise CaptureError("the body hands a closed-over tensor to code that hides it; pass it as an argument")
     train = train and any(seen.requires_grad)
-    inductor = request.backend.inductor
-    graphs = capture.trace(fn, seen, a, fakes, train=train, inductor=inductor, policy=request.policy)
-    orders = tangent_orders(graphs.bw_inputs, graphs.feeds)
-    saved = _saved_bytes(graphs)
-    fw, bw = compile_graphs(graphs, mode, request.backend)
+    with surroundings(mode, request.backend, seen.random) as inductor:
+        graphs = capture.trace(
+            fn, seen, a, fakes, train=train, inductor=request.backend.inductor, policy=request.policy
+        )
+        orders = tangent_orders(graphs.bw_inputs, graphs.feeds)
+        saved = _saved_bytes(graphs)
+        fw, bw = compile_graphs(graphs, request.backend, inductor)
     compilations[request.body.key] += 1
     program = Program(
         fw=fw,
@@ -285,5 +287,5 @@ def _saved_bytes(graphs: capture.Graphs) -> int:
     total = 0
     for value, (kind, _) in zip(graphs.bw_inputs, graphs.feeds):
         if kind == "saved" and isinstance(value, torch.Tensor):
-            total += int(value.numel()) * value.element_size()
+            total += _compat.size_hint(value.numel()) * value.element_size()
     return total

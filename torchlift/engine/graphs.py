@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from torchlift import _compat
-from torchlift.engine.capture import Graphs, draws
+from torchlift.engine.capture import Graphs
 
 Boxed = Callable[[list[Any]], Any]  # takes a list, which it empties
 
@@ -43,32 +44,34 @@ class Backend:
         return self.name == "inductor"
 
 
-def compile_graphs(graphs: Graphs, mode: Any, backend: Backend) -> tuple[Boxed, Boxed | None]:
-    """The forward and the backward of ``graphs``, ready to be called with a list of tensors."""
+def surroundings(mode: Any, backend: Backend, random: bool) -> AbstractContextManager[Any]:
+    """What tracing, partitioning and compiling happen in."""
     if not backend.inductor:
-        build = _runner(backend.name)
-        with torch.no_grad():
-            fw = build(graphs.fw, graphs.fw_inputs)
-            return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
-    with _compat.Inductor(mode, _options(graphs, backend)) as inductor:
-        fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None)
-        if graphs.bw is None:
-            return fw, None
-        if strides is not None:
-            _restride(graphs, strides)
-        return fw, inductor.backward(graphs.bw, graphs.bw_inputs)
-
-
-def _options(graphs: Graphs, backend: Backend) -> dict[str, Any]:
+        return nullcontext()
     options = _compat.inductor_mode_options(backend.mode) | dict(backend.options)
     # NOTE [cudagraphs]: a graph that is replayed overwrites what it gave before, and here one graph runs many times
     # while its earlier outputs live. Off until the whole loop is recorded as one.
     options["triton.cudagraphs"] = False
-    if any(draws(node) for node in graphs.fw.graph.nodes):
-        # NOTE [randomness]: the same draws as eager's, from the same generator, in the same order.
-        options.setdefault("fallback_random", True)
-        options.setdefault("reorder_for_peak_memory", False)
-    return options
+    if random:
+        # NOTE [randomness]: the same draws as eager's, from the same generator, in the same order. Reordering for
+        # memory could swap two draws, and the joint passes put in attention kernels that draw in their own way.
+        options = {"fallback_random": True, "reorder_for_peak_memory": False, "use_joint_graph_passes": False} | options
+    return _compat.Inductor(mode, options)
+
+
+def compile_graphs(graphs: Graphs, backend: Backend, inductor: Any) -> tuple[Boxed, Boxed | None]:
+    """The forward and the backward of ``graphs``, ready to be called with a list of tensors."""
+    if inductor is None:
+        build = _runner(backend.name)
+        with torch.no_grad():
+            fw = build(graphs.fw, graphs.fw_inputs)
+            return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
+    fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None)
+    if graphs.bw is None:
+        return fw, None
+    if strides is not None:
+        _restride(graphs, strides)
+    return fw, inductor.backward(graphs.bw, graphs.bw_inputs)
 
 
 def _restride(graphs: Graphs, strides: list[Any]) -> None:

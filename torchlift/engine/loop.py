@@ -16,19 +16,9 @@ from torch.utils import _pytree as pytree
 
 from torchlift import _compat
 from torchlift.engine.draws import devices_of, read_states, write_states
+from torchlift.errors import CarryError
 
 Tree = Any
-
-
-class CarryError(ValueError):
-    """The carry of a loop came out of an iteration with another structure, shape or dtype than it went in with."""
-
-    def __init__(self, name: str, path: str, got: str, expected: str) -> None:
-        self.path, self.got, self.expected = path, got, expected
-        super().__init__(
-            f"{name}: carry{path} came out of an iteration as {got}, expected {expected}: "
-            "a body must return its carry with the structure, shapes and dtypes it was given"
-        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +98,7 @@ def plain_run(
         return carry, tuple(outs)
 
     def nest(sizes: tuple[int, ...], consts: Tree, carry: Tree, part: tuple[Tree, ...], first: int) -> tuple[Tree, Any]:
-        """``part`` cut as ``sizes`` says, every piece recomputed in backward; the innermost size is a number of iterations."""
+        """``part`` cut as ``sizes`` says, every piece recomputed in backward; the last size is of iterations."""
         inner = piece if len(sizes) == 1 else (lambda *args: nest(sizes[1:], *args))
         size = sizes[0] if len(sizes) == 1 else math.prod(sizes[1:])
         if remat is not None:
@@ -130,7 +120,10 @@ def plain_run(
 
 
 def slices_of(xs: Xs, length: int) -> list[Tree]:
-    """The x of every iteration. NOTE [unbind]: ``leaf[i]`` would cost O(length**2) in backward, unbind costs O(length)."""
+    """The x of every iteration.
+
+    NOTE [unbind]: ``leaf[i]`` would cost O(length**2) in backward, ``unbind`` costs O(length).
+    """
     if not isinstance(xs, Stacked):
         return xs
     leaves, spec = pytree.tree_flatten(xs.tree)
@@ -188,7 +181,7 @@ def check_carry(name: str, old: Tree, expected: list[Any], spec: pytree.TreeSpec
     """Raises :class:`CarryError` unless ``new`` has the structure, shapes, dtypes and other values of ``old``."""
     got, new_spec = pytree.tree_flatten(new)
     if new_spec != spec:
-        raise CarryError(name, "", f"structure {new_spec}", f"{spec}")
+        raise _carry_error(name, "", f"structure {new_spec}", f"{spec}")
     for i, (a, b) in enumerate(zip(expected, got)):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             if a.shape != b.shape:
@@ -200,7 +193,14 @@ def check_carry(name: str, old: Tree, expected: list[Any], spec: pytree.TreeSpec
 
 
 def _refuse(name: str, old: Tree, i: int, got: str, expected: str) -> NoReturn:
-    raise CarryError(name, pytree.keystr(pytree.tree_flatten_with_path(old)[0][i][0]), got, expected)
+    raise _carry_error(name, pytree.keystr(pytree.tree_flatten_with_path(old)[0][i][0]), got, expected)
+
+
+def _carry_error(name: str, path: str, got: str, expected: str) -> CarryError:
+    return CarryError(
+        f"{name}: carry{path} came out of an iteration as {got}, expected {expected}; "
+        "return the carry with the structure, shapes and dtypes that it came in with"
+    )
 
 
 def _kind(leaf: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine.capture import stride_order
-from torchlift.engine.draws import States, devices_of, read_states, write_states
+from torchlift.engine.draws import States, read_states, write_states
 from torchlift.engine.graphs import Boxed
 from torchlift.engine.trees import Template
 
@@ -130,30 +130,33 @@ class _Execution:
 
 
 class Residuals:
-    """What the backward of the loop needs besides its inputs, chunk by chunk; freed as it is consumed.
+    """What the backward of the loop needs besides its inputs, piece by piece; freed as it is consumed.
 
     NOTE [one node, many iterations]: ``save_for_backward`` would hold all of it until the node is done. So it is held
-    here, given to ``saved_tensors_hooks`` as torch gives what it saves, and dropped chunk by chunk unless the graph
+    here, given to ``saved_tensors_hooks`` as torch gives what it saves, and dropped piece by piece unless the graph
     is retained.
     """
 
-    def __init__(self) -> None:
-        self.chunks: list[tuple[Tensors, list[Any]] | None] = []
-        self.hooks = _compat.saved_tensor_hooks()
+    def __init__(self, honour_hooks: bool = True) -> None:
+        self.pieces: list[tuple[Tensors, list[Any], States | None] | None] = []
+        self.hooks = _compat.saved_tensor_hooks() if honour_hooks else None
 
-    def push(self, carry: Tensors, saved: list[Any]) -> None:
-        self.chunks.append((self._pack(carry), self._pack(saved)))
+    def push(self, carry: Tensors, saved: list[Any], states: States | None = None) -> None:
+        """Keeps the carry that a piece was given (of the first piece it is the loop's own) and what the piece saved."""
+        self.pieces.append((self._pack(carry) if self.pieces else [], self._pack(saved), states))
 
-    def pop(self, chunk: int, keep: bool) -> tuple[Tensors, list[Any]]:
-        entry = self.chunks[chunk]
+    def pop(self, piece: int, keep: bool) -> tuple[Tensors, list[Any], States | None]:
+        """The piece's values, in lists of the caller's own."""
+        entry = self.pieces[piece]
         if entry is None:
             raise RuntimeError(
-                "Trying to backward through the graph a second time (or directly access saved tensors after they have "
-                "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
+                "Trying to backward through the graph a second time, after what it saved was freed. Specify "
+                "retain_graph=True if you need to backward through the graph a second time."
             )
         if not keep:
-            self.chunks[chunk] = None
-        return self._unpack(entry[0]), self._unpack(entry[1])  # lists of the caller's own
+            self.pieces[piece] = None
+        carry, saved, states = entry
+        return self._unpack(carry), self._unpack(saved), states
 
     def _pack(self, values: list[Any]) -> list[Any]:
         if self.hooks is None:
@@ -165,7 +168,7 @@ class Residuals:
         if self.hooks is None:
             return list(values)
         unpack = self.hooks[1]
-        return [v if isinstance(v, int) else unpack(v) for v in values]
+        return [v if isinstance(v, int | torch.SymInt) else unpack(v) for v in values]
 
 
 class _Gradients:
@@ -277,34 +280,30 @@ class _Gradients:
             torch._foreach_copy_(places, values)
 
     def flat(self) -> list[torch.Tensor | None]:
-        xs = (
-            self.stacks
-            if self.run.plan.stacked
-            else [column[i] for i in range(self.run.plan.length) for column in self.xs]
-        )
+        length = self.run.plan.length
+        xs = self.stacks if self.run.plan.stacked else [column[i] for i in range(length) for column in self.xs]
         return [*self.sums, *self.carry, *xs]
 
 
-def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Residuals | list[_Mark], Tensors]:
-    """The loop's outputs (carry, then ys), what backward needs, and one output of each kind as a model for zeros."""
+def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Residuals, Tensors]:
+    """The loop's outputs (carry, then ys), what backward needs, and models of the first chunk's outputs (for zeros)."""
     run = _Execution(plan, tensors)
     if plan.shared_draws:
         run.start = run.states()
     train = plan.chunks[0][0].bw is not None
-    residuals, marks = Residuals(), []
-    ys: list[list[torch.Tensor]] = [[] for _ in range(plan.length)]
-    carry = run.carry
-    models: Tensors = []
     size = plan.pieces[0] if plan.pieces else 0
-    state = run.states() if size and train else None
+    kept = Residuals()
+    ys: list[list[torch.Tensor]] = [[] for _ in range(plan.length)]
+    carry, models = run.carry, []
+    states = run.states() if size and train else None
     for chunk, given, outs in run.forward(0, len(plan.chunks), carry):
         program, positions = plan.chunks[chunk]
         if train and not size:
-            residuals.push([given[i] for i in program.kept_carries], list(outs[program.outputs :]))
+            kept.push([given[i] for i in program.kept_carries], list(outs[program.outputs :]))
         elif train and chunk % size == 0:
-            marks.append(_Mark(chunk, given, state))
+            kept.push(given, [], states)
         if train and size and (chunk + 1) % size == 0 and chunk + 1 < len(plan.chunks):
-            state = run.states()
+            states = run.states()
         at = plan.carries
         for position, y in zip(positions, program.ys):
             ys[plan.order[position]] = list(outs[at : at + y.tensors])
@@ -320,37 +319,35 @@ def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, R
             carry = [t.clone() for t in carry]
     else:
         flat = [t for y in ys for t in y]
-    return carry + flat, (marks if size else residuals), models
+    return carry + flat, kept, models
 
 
 def run_backward(
     plan: Plan,
     tensors: Sequence[torch.Tensor],
-    kept: Residuals | list[_Mark],
+    kept: Residuals,
     models: Tensors,
     grads: Sequence[torch.Tensor | None],
     keep: bool,
 ) -> list[torch.Tensor | None]:
-    """Gradients of ``tensors``."""
+    """Gradients of ``tensors``; ``keep`` leaves ``kept`` whole for another time."""
     run = _Execution(plan, tensors)
     into = _Gradients(run, grads, models)
-    if isinstance(kept, Residuals):
-        for chunk in reversed(range(len(plan.chunks))):
-            program = plan.chunks[chunk][0]
-            carries, saved = kept.pop(chunk, keep)
-            carry = list(run.carry)
-            for i, value in zip(program.kept_carries, carries):
+    size = plan.pieces[0] if plan.pieces else 0
+    before = run.states() if size else None
+    if size and plan.shared_draws:
+        run.start = kept.pop(0, keep=True)[2]
+    for piece in reversed(range(len(kept.pieces))):
+        carries, saved, states = kept.pop(piece, keep)
+        if size:
+            mark = _Mark(piece * size, carries if piece else run.carry, states)
+            _recompute(run, into, 1, mark, min(mark.at + size, len(plan.chunks)))
+            continue
+        carry = list(run.carry)
+        if piece:
+            for i, value in zip(plan.chunks[piece][0].kept_carries, carries):
                 carry[i] = value
-            into.step(chunk, carry, saved)
-        return into.flat()
-    before = run.states()
-    if plan.shared_draws:
-        run.start = kept[0].states
-    for i in reversed(range(len(kept))):
-        mark = kept[i]
-        if not keep and i > 0:
-            kept[i] = _Mark(mark.at, [], None)
-        _recompute(run, into, 1, mark, min(mark.at + plan.pieces[0], len(plan.chunks)))
+        into.step(piece, carry, saved)
     if before is not None:
         write_states(before)
     return into.flat()
@@ -394,9 +391,9 @@ class Loop(torch.autograd.Function):
         outs, kept, models = run_forward(plan, tensors)
         ctx.plan, ctx.models = plan, models
         ctx.ints, ctx.where = None, None
-        if isinstance(kept, Residuals) and len(kept.chunks) == 1 and not plan.stacked:
+        if len(plan.chunks) == 1 and not plan.stacked and not plan.pieces:
             # One chunk: nothing to free early, so torch keeps it, and checks that nobody writes into it.
-            _, saved = kept.chunks[0] or ([], [])
+            saved = (kept.pieces.pop() or ([], [], None))[1] if kept.pieces else []
             ctx.where = [isinstance(v, torch.Tensor) for v in saved]
             ctx.ints = [v for v in saved if not isinstance(v, torch.Tensor)]
             ctx.save_for_backward(*tensors, *(v for v in saved if isinstance(v, torch.Tensor)))
@@ -417,11 +414,8 @@ class Loop(torch.autograd.Function):
         kept = ctx.kept
         if ctx.where is not None:
             values, ints = iter(saved[ctx.inputs :]), iter(ctx.ints)
-            kept = Residuals()
-            kept.hooks = None
-            b = plan.consts + plan.closures
-            carry = [tensors[b + i] for i in plan.chunks[0][0].kept_carries]
-            kept.push(carry, [next(values) if is_tensor else next(ints) for is_tensor in ctx.where])
+            kept = Residuals(honour_hooks=False)
+            kept.push([], [next(values) if is_tensor else next(ints) for is_tensor in ctx.where])
         found = run_backward(plan, tensors, kept, ctx.models, grads, _compat.backward_keeps_graph())
         return None, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[1:]))
 

@@ -52,14 +52,15 @@ listeners = _Listeners()
 @torch.library.custom_op("torchlift::checkpoint_name", mutates_args=())
 def _name(x: torch.Tensor, name: str) -> torch.Tensor:
     # NOTE [Name]. An operator may not return its input, so the operator copies. It exists in graphs only: there it
-    # marks a node for the partitioner, and Inductor takes it for a `clone`, which fuses into its neighbours. When
-    # operators run one by one, `checkpoint_name` tells the region that records instead and costs nothing.
+    # marks a node for the partitioner, and Inductor takes it for a copy, which fuses into its neighbours. When
+    # operators run one by one, `checkpoint_name` tells the region that records instead and costs nothing. Inside of
+    # torch.func transforms no policy looks at names, and torch's custom operators are not for them: `grad` refuses
+    # one, `jvp` gives a tangent of zero. (And `torchlift::name` cannot be: `torch.ops.torchlift.name` is a string.)
     return x.clone()
 
 
 _name.register_fake(lambda x, name: torch.empty_like(x))
 _name.register_autograd(lambda ctx, grad: (grad, None))
-_name.register_vmap(lambda info, in_dims, x, name: (_name(x, name), in_dims[0]))
 NAME = torch.ops.torchlift.checkpoint_name.default
 
 
@@ -84,6 +85,8 @@ def checkpoint_name(x: T, name: str) -> T:
         True
     """
     if torch.compiler.is_dynamo_compiling() or _compat.is_tracing():
+        if _compat.functorch_active() or _compat.forward_ad_active():
+            return x
         return pytree.tree_map_only(torch.Tensor, lambda t: NAME(t, name), x)
     for on_name in listeners.stack:
         for leaf in pytree.tree_leaves(x):

@@ -26,7 +26,7 @@ __all__ = ["Body", "Report", "Stacked", "explain_run", "last_report", "run"]
 
 @dataclass(frozen=True)
 class Report:
-    """How a loop ran. ``reason`` says why it was the plain loop; ``compilations`` counts captures of this body so far."""
+    """How a loop ran. ``reason`` says why it was the plain loop; ``compilations`` counts captures of its body."""
 
     name: str
     path: str  # "compiled" or "plain"

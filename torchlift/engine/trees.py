@@ -23,7 +23,7 @@ SLOT = _Slot()
 
 @dataclass(frozen=True)
 class Template:
-    """A pytree less its tensors. Equal templates have equal structure and equal other leaves (``1`` is not ``True``)."""
+    """A pytree less its tensors: its structure and its other leaves, of which ``1`` and ``True`` are not equal."""
 
     spec: pytree.TreeSpec
     others: tuple[tuple[int, type, Any], ...]  # (position, type, value) of every leaf that is no tensor

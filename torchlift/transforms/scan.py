@@ -259,7 +259,7 @@ class _Iterations:
         )
         body = loop.Body(self.body, (fingerprint.of_packed(packed), self.transform) if compile else self.label, self.label)
         drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) and not _compat.is_compiling() else None
-        if packed.has_hooks:
+        if packed.has_hooks(skip_root=packed.inside is not None):
             compile = False
         (state, leaves), ys = run(
             body, consts, carry, loop.Stacked(xs), length,

@@ -1,0 +1,327 @@
+"""Collect: every module and variable that a call can reach, told apart by identity."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat, _tree
+from torchlift.errors import UnsupportedError
+from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of
+
+INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
+INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LONG = 64
+
+
+class Slot(NamedTuple):
+    """Stands in an argument or attribute for a tensor, a module or a Variable: what goes there differs by run."""
+
+    kind: str
+    index: int  # of the entry or the node
+    collection: str = ""
+    name: str = ""
+
+
+class Entry:
+    """One variable: a tensor, and the first place where it was found."""
+
+    __slots__ = ("collection", "name", "paths", "root", "store", "tensor")
+
+    def __init__(self, tensor: Tensor, collection: str, name: str, root: int, store: str):
+        self.tensor, self.collection, self.name, self.root, self.store = tensor, collection, name, root, store
+        self.paths = [(name, collection)]  # every place: (dotted name, the collection it has there)
+
+
+class Node:
+    """One module of the tree, and where in it tensors, children and other references lie."""
+
+    __slots__ = ("attributes", "children", "module", "path", "root", "tensors")
+
+    def __init__(self, module: nn.Module, root: int, path: str):
+        self.module, self.root, self.path = module, root, path
+        self.tensors: list[tuple[str, str, int]] = []  # (store, key, entry)
+        self.children: list[tuple[str, int]] = []  # (key, node)
+        self.attributes: list[tuple[str, Any]] = []  # (key, template with slots)
+
+    def dotted(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+
+class Collected:
+    """A call taken apart: its roots, their variables (``entries``), and the leaves of its arguments.
+
+    NOTE [Alias]. Tensors and modules are told apart by identity: what is reached by several paths is one entry, bound
+    at each of its places. A module that is a submodule of another collected one is covered by it; what remains are
+    the roots, the lifted module first.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], label: str):
+        self.label = label
+        self.nodes: list[Node] = []
+        self.entries: list[Entry] = []
+        self._node_of: dict[int, int] = {}
+        self._entry_of: dict[Tensor, int] = {}
+        self.leaves, self._spec = _tree.flatten((args, kwargs))
+        self.tensor_leaves = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.roots = [module]
+        self._walk(module, 0, "")
+        if len(self.tensor_leaves) < len(self.leaves) or self._interesting:
+            self._collect_further()
+        self._args = [self._argument(at, leaf) for at, leaf in enumerate(self.leaves)]
+        self.tensors = [entry.tensor for entry in self.entries]
+
+    _interesting = False  # whether any plain attribute may hold a reference
+
+    def _walk(self, module: nn.Module, root: int, path: str) -> int:
+        fields = module.__dict__
+        node = Node(module, root, path)
+        self._node_of[id(module)] = at = len(self.nodes)
+        self.nodes.append(node)
+        for store in ("_parameters", "_buffers"):
+            for key, tensor in fields[store].items():
+                if tensor is not None:
+                    collection = PARAMS if store == "_parameters" else collection_of(module, store, key)
+                    node.tensors.append((store, key, self._entry(tensor, collection, node, store, key)))
+        for key, value in fields.items():
+            if key not in INTERNALS and type(value) not in SCALARS:
+                node.attributes.append((key, value))
+                self._interesting = True
+        for key, child in fields["_modules"].items():
+            if child is not None:
+                known = self._node_of.get(id(child))
+                node.children.append((key, self._walk(child, root, node.dotted(key)) if known is None else known))
+        return at
+
+    def _entry(self, tensor: Tensor, collection: str, node: Node, store: str, key: str) -> int:
+        name = node.dotted(key)
+        index = self._entry_of.get(tensor)
+        if index is None:
+            if isinstance(tensor, _compat.UninitializedTensor):
+                raise UnsupportedError(
+                    f"{self.label}: {name!r} is not initialised yet; call the lazy module once before lifting it"
+                )
+            self._entry_of[tensor] = index = len(self.entries)
+            self.entries.append(Entry(tensor, collection, name, node.root, store))
+        elif store != ATTRIBUTE:
+            self.entries[index].paths.append((name, collection))
+        return index
+
+    def _collect_further(self) -> None:
+        """Modules in arguments and plain attributes, then the tensors in plain attributes, which may be theirs."""
+        found: list[nn.Module] = []
+        for leaf in self.leaves:
+            modules_in(leaf, found)
+        scanned = 0
+        while True:
+            for node in self.nodes[scanned:]:
+                if isinstance(node.module, torch.jit.ScriptModule):
+                    raise UnsupportedError(
+                        f"{self.label}: {node.path or 'the module'} is a ScriptModule; lift the Python module"
+                    )
+                for _, value in node.attributes:
+                    modules_in(value, found)
+            scanned = len(self.nodes)
+            new = [candidate for candidate in found if id(candidate) not in self._node_of]
+            if not new:
+                break
+            root = _outermost(new)
+            self.roots.append(root)
+            self._walk(root, len(self.roots) - 1, "")
+        for node in self.nodes:
+            derived = derived_attributes(node.module)
+            raw, node.attributes = node.attributes, []
+            for key, value in raw:
+                if key not in derived:
+                    template, has_slots = self._template(value, node, key)
+                    if has_slots:
+                        node.attributes.append((key, template))
+
+    def _template(self, value: Any, node: Node, key: str) -> tuple[Any, bool]:
+        """``value`` with slots for the tensors, modules and Variables in it, and whether there are any."""
+        if isinstance(value, Tensor):
+            # NOTE [Closures]. A tensor in a plain attribute is an entry like any other, so that it keeps its gradient.
+            return Slot("tensor", self._entry(value, ATTRIBUTE, node, ATTRIBUTE, key)), True
+        if isinstance(value, nn.Module):
+            return Slot("module", self._node_of[id(value)]), True
+        if isinstance(value, Variable):
+            return Slot("variable", self._node_of[id(value.module)], value.collection, value.name), True
+        children = _children(value)
+        if not children:
+            return value, False
+        pairs = [self._template(child, node, key) for child in children]
+        return Container(value, [template for template, _ in pairs]), any(has_slots for _, has_slots in pairs)
+
+    def _argument(self, at: int, leaf: Any) -> Slot:
+        if isinstance(leaf, nn.Module):
+            return Slot("module", self._node_of[id(leaf)])
+        if isinstance(leaf, Variable):
+            return Slot("variable", self._node_of[id(leaf.module)], leaf.collection, leaf.name)
+        return Slot("leaf", at)
+
+    # What it found ---------------------------------------------------------------------------------------------------
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The leaves of the call, with these tensors in the place of its own."""
+        leaves = list(self.leaves)
+        for at, tensor in zip(self.tensor_leaves, tensors, strict=True):
+            leaves[at] = tensor
+        return leaves
+
+    def module_at(self, root: int, path: str) -> nn.Module:
+        """The module at a dotted path from a root."""
+        for node in self.nodes:
+            if node.root == root and node.path == path:
+                return node.module
+        return self.roots[root]
+
+    def has_hooks(self, skip_root: bool) -> bool:
+        """Whether any module has hooks, which a captured graph would run once and never again."""
+        return any(
+            node.module.__dict__[hooks] and not derived_attributes(node.module)
+            for at, node in enumerate(self.nodes)
+            if at or not skip_root
+            for hooks in _HOOKS
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the call computes, as far as its tensors tell."""
+        for tensor in (*self.tensors, *(leaf for leaf in self.leaves if isinstance(leaf, Tensor))):
+            return tensor.device
+        return torch.get_default_device()
+
+    # Shadows ---------------------------------------------------------------------------------------------------------
+
+    def shadows(self, bound: Sequence[Tensor], hidden: frozenset[int], inside: type | None) -> list[nn.Module]:
+        """A copy of each module that holds ``bound`` in the place of its tensors, but for those that are ``hidden``.
+
+        NOTE [Bind]. Tensors are never put into the slots of the real module: a second thread would compute with them,
+        and an interrupt would leave them there. A shadow has the same class, a shallow ``__dict__``, and its own
+        ``_parameters``, ``_buffers`` and ``_modules``. Making it is cheaper than telling whether a cached one is still
+        true, and Dynamo traces it, so there is one code path.
+        """
+        shadows = []
+        for node in self.nodes:
+            shadow = object.__new__(type(node.module))
+            fields = shadow.__dict__
+            fields.update(node.module.__dict__)
+            fields["_parameters"] = dict(fields["_parameters"])
+            fields["_buffers"] = dict(fields["_buffers"])
+            for store, key, index in node.tensors:
+                if index in hidden:
+                    del fields[store][key]
+                else:
+                    fields[store][key] = bound[index]
+            fields[AT] = (node.root, node.path)
+            shadows.append(shadow)
+        for node, shadow in zip(self.nodes, shadows, strict=True):
+            if node.children:
+                modules = dict(shadow.__dict__["_modules"])
+                for key, child in node.children:
+                    modules[key] = shadows[child]
+                shadow.__dict__["_modules"] = modules
+            for key, template in node.attributes:
+                shadow.__dict__[key] = self.fill(template, shadows, bound, ())
+        if inside is not None:
+            fields = shadows[0].__dict__
+            fields[INSIDE] = (*fields.get(INSIDE, ()), inside)
+        return shadows
+
+    def fill(self, slot: Any, shadows: Sequence[nn.Module], bound: Sequence[Tensor], leaves: Sequence[Any]) -> Any:
+        """What goes into a slot, or a container with slots in it."""
+        if isinstance(slot, Container):
+            return slot.rebuild([self.fill(child, shadows, bound, leaves) for child in slot.children])
+        if not isinstance(slot, Slot):
+            return slot
+        if slot.kind == "leaf":
+            return leaves[slot.index]
+        if slot.kind == "tensor":
+            return bound[slot.index]
+        if slot.kind == "variable":
+            return Variable(shadows[slot.index], slot.collection, slot.name)
+        return shadows[slot.index]
+
+    def arguments(self, shadows: Sequence[nn.Module], bound: Sequence[Tensor], leaves: Sequence[Any]) -> Any:
+        """The ``(args, kwargs)`` of the call with these leaves."""
+        return _tree.unflatten([self.fill(slot, shadows, bound, leaves) for slot in self._args], self._spec)
+
+
+class Container:
+    """A list, tuple, dict or dataclass with slots in it, from which a like one is built for each run."""
+
+    def __init__(self, like: Any, children: list[Any]):
+        self.like, self.children = like, children
+
+    def rebuild(self, children: list[Any]) -> Any:
+        like = self.like
+        if isinstance(like, dict):
+            new = copy.copy(like)
+            new.update(zip(like, children))
+            return new
+        if isinstance(like, list):
+            return children
+        if isinstance(like, tuple):
+            return type(like)(*children) if hasattr(like, "_fields") else tuple(children)
+        new = copy.copy(like)
+        for field, child in zip(dataclasses.fields(like), children, strict=True):
+            object.__setattr__(new, field.name, child)
+        return new
+
+
+def _children(value: Any) -> list[Any] | None:
+    """The elements of a container that may hold references. Long ones of plain values, vocabularies say, hold none."""
+    if type(value) is list or isinstance(value, tuple):
+        elements = list(value) if len(value) <= _LONG or type(value[0]) not in SCALARS else None
+    elif isinstance(value, dict):
+        first = next(iter(value.values()), None)
+        elements = list(value.values()) if len(value) <= _LONG or type(first) not in SCALARS else None
+    elif _tree.is_node(value):
+        elements = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:
+        elements = None
+    return elements
+
+
+def modules_in(value: Any, found: list[nn.Module]) -> None:
+    """Appends the modules that a value holds, those that own its Variables among them."""
+    if isinstance(value, nn.Module):
+        found.append(value)
+    elif isinstance(value, Variable):
+        found.append(value.module)
+    else:
+        for child in _children(value) or ():
+            modules_in(child, found)
+
+
+def _outermost(candidates: list[nn.Module]) -> nn.Module:
+    """The first module that is a submodule of no other."""
+    for candidate in candidates:
+        if not any(candidate is not other and candidate in list(other.modules()) for other in candidates):
+            return candidate
+    return candidates[0]
+
+
+def derived_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Plain attributes that a forward pre-hook computes anew from parameters before each call (weight norm, pruning)."""
+    hooks = module.__dict__["_forward_pre_hooks"]
+    if not hooks:
+        return ()
+    return tuple(
+        name
+        for hook in hooks.values()
+        for name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+        if isinstance(name, str)
+    )
+
+
+def same_role(entry: Entry, axis_of: Callable[[str], Any]) -> bool:
+    """Whether all the places of an entry ask for one axis."""
+    return len(entry.paths) == 1 or len({axis_of(collection) for _, collection in entry.paths}) == 1

@@ -1,0 +1,246 @@
+"""scan_layers: a ModuleList that runs its layers through one compiled body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchlift import _compat, _tree, fingerprint
+from torchlift.engine.loop import Body
+from torchlift.engine.run import run
+from torchlift.errors import CarryError, LayerMismatchError, TorchliftCompileWarning, TransformTargetError, warn
+from torchlift.pack import Meta, Packed, Update
+from torchlift.variables import own_tensors
+
+
+class ScanLayers(nn.ModuleList):
+    """What :func:`scan_layers` returns."""
+
+    def __init__(
+        self, layers: Iterable[nn.Module], *, remat: bool = False, policy: Callable[..., Any] | None = None,
+        every: int = 1, lengths: Sequence[int] | None = None, compile: bool | dict[str, Any] = True, unroll: int = 1,
+        scanned_attributes: Sequence[str] = (),
+    ):  # fmt: skip
+        super().__init__(layers)
+        self.remat, self.policy, self.every, self.lengths = remat, policy, every, lengths
+        self.compile_options, self.unroll, self.scanned_attributes = compile, unroll, tuple(scanned_attributes)
+        self.check()
+
+    @property
+    def label(self) -> str:
+        """How errors name it."""
+        return f"scan_layers({type(self[0]).__name__ if len(self) else ''})"
+
+    def check(self) -> None:
+        """Refuses layers that differ in more than their tensors' values and ``scanned_attributes``."""
+        for index, layer in enumerate(self):
+            difference = _difference(self[0], layer, self.scanned_attributes)
+            if difference is not None:
+                raise LayerMismatchError(
+                    f"{self.label}: layer {index}: {difference}; layers that run as one are equal but for their "
+                    "tensors' values, requires_grad, and the names in scanned_attributes="
+                )
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layers in order on ``x``; extra arguments go to every layer."""
+        if not len(self):
+            return x
+        call = _Call(self, x, args, kwargs)
+        if call.why_plain is not None:
+            return call.plain()
+        return call.run()
+
+
+class _Call:
+    """One call of the layers."""
+
+    def __init__(self, layers: ScanLayers, x: Any, args: Any, kwargs: Any):
+        self.layers, self.x, self.args, self.kwargs = layers, x, args, kwargs
+        self.packed = [Packed(_call_layer, layer, (x, *args), kwargs, layers.label) for layer in layers]
+        for packed in self.packed:
+            packed.allow(lambda collection: True, str)
+        self.carry, self.carry_spec = _tree.flatten(x)
+
+    @property
+    def why_plain(self) -> str | None:
+        """Why the layers must be called one by one in Python; None if they need not."""
+        layers = self.layers
+        if layers.compile_options is False and not self.remat:
+            return "compile=False"
+        if _compat.is_compiling() and not self.remat:
+            return "inside torch.compile"
+        if any(packed.has_hooks(skip_root=False) for packed in self.packed):
+            return "a layer has hooks"
+        if self._shares_state():
+            return "layers share a buffer"
+        if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
+            return "some layers are in training mode and some are not"
+        return None
+
+    @property
+    def remat(self) -> Any:
+        layers = self.layers
+        return (layers.policy or True) if layers.remat or layers.policy or layers.lengths else None
+
+    def _shares_state(self) -> bool:
+        seen: set[int] = set()
+        for packed in self.packed:
+            own = {id(entry.tensor) for entry in packed.entries if entry.store == "_buffers"}
+            if own & seen:
+                return True
+            seen |= own
+        return False
+
+    def plain(self) -> Any:
+        """The definition."""
+        out: Any = None
+        x = self.x
+        for layer in self.layers:
+            out = layer(x, *self.args, **self.kwargs)
+            x = out[0] if isinstance(out, tuple) else out
+        return out
+
+    def run(self) -> Any:
+        layers, first = self.layers, self.packed[0]
+        count = len(self.carry)
+        consts = first.leaves[count:]
+        # What publish will write into is given as a copy: autograd keeps the inputs of every layer for backward.
+        self.attributes = _attributes(first, layers.scanned_attributes)
+        xs = [
+            (packed.snapshot(), [packed.nodes[at].module.__dict__[key] for at, key in self.attributes])
+            for packed in self.packed
+        ]
+        keys = [fingerprint.of_packed(packed, layers.scanned_attributes) for packed in self.packed]
+        if any(key != keys[0] for key in keys):
+            layers.check()
+        try:
+            carry, ys = run(
+                Body(self.body, keys[0], layers.label), consts, self.carry, xs, len(xs), unroll=layers.unroll,
+                remat=self.remat, lengths=layers.lengths, every=layers.every, compile=layers.compile_options,
+            )  # fmt: skip
+        except CarryError as error:
+            warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
+            return self.plain()
+        for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
+            packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
+        extras, _, _, static = ys[-1]
+        x = _tree.unflatten(carry, self.carry_spec)
+        return x if static.extras is None else (x, *_tree.unflatten(extras, static.extras))
+
+    def body(self, consts: Any, carry: Any, x: Any) -> Any:
+        """One layer, with the tensors and scanned attributes in ``x``."""
+        first = self.packed[0]
+        tensors, attributes = x
+        own = dict(zip(self.attributes, attributes, strict=True))
+        out, update = first.pure(tensors, [*carry, *consts], own)
+        extras = out[1:] if isinstance(out, tuple) else None
+        new, spec = _tree.flatten(out[0] if isinstance(out, tuple) else out)
+        if spec != self.carry_spec:
+            raise CarryError(f"{self.layers.label}: a layer returned another structure than it was given")
+        flat, extras_spec = ([], None) if extras is None else _tree.flatten(extras)
+        sown, sown_spec = _tree.flatten(update.sown)
+        changed = update.changed if first.nested else [value.detach() for value in update.changed]
+        return new, (flat, changed, sown, _Static(extras_spec, sown_spec, update.meta))
+
+
+def _call_layer(layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return layer(x, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What is static about what a layer returns."""
+
+    extras: _tree.Spec | None  # of what a returned tuple has beside its first element
+    sown: _tree.Spec
+    meta: Meta
+
+
+def _attributes(packed: Packed, names: Sequence[str]) -> list[tuple[int, str]]:
+    """Where in a layer the scanned attributes lie: a bare name stands for that attribute of any submodule."""
+    return [
+        (at, key)
+        for at, node in enumerate(packed.nodes)
+        for key in node.module.__dict__
+        if key in names or node.dotted(key) in names
+    ]
+
+
+def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> str | None:
+    """The first difference of a layer from layer 0, in words; None if there is none that matters."""
+    others = dict(layer.named_modules())
+    modules = dict(first.named_modules())
+    if list(others) != list(modules):
+        return f"submodules {sorted(set(others) ^ set(modules))} are in one layer only"
+    for path, module in modules.items():
+        other = others[path]
+        where = f"{path}." if path else ""
+        if type(other) is not type(module):
+            return f"{path or 'the layer'} is a {type(other).__name__} != {type(module).__name__}"
+        tensors = {key: (store, tensor) for store, key, tensor in own_tensors(module)}
+        found = {key: (store, tensor) for store, key, tensor in own_tensors(other)}
+        if list(tensors) != list(found):
+            return f"{where or 'the layer'} has {list(found)} != {list(tensors)}"
+        for key, (store, tensor) in tensors.items():
+            got = found[key][1]
+            if (found[key][0], got.shape, got.dtype) != (store, tensor.shape, tensor.dtype):
+                return f"{where}{key} {tuple(got.shape)} {got.dtype} != {tuple(tensor.shape)} {tensor.dtype}"
+        expected, attributes = fingerprint.of_module(module), fingerprint.of_module(other)
+        for key in [*expected, *(key for key in attributes if key not in expected)]:
+            if key in scanned or f"{where}{key}" in scanned or key == "training":
+                continue
+            if expected.get(key) != attributes.get(key):
+                return f"{where}{key} {other.__dict__.get(key)!r} != {module.__dict__.get(key)!r}"
+    return None
+
+
+def scan_layers(
+    layers: Iterable[nn.Module],
+    *,
+    remat: bool = False,
+    policy: Callable[..., Any] | None = None,
+    every: int = 1,
+    lengths: Sequence[int] | None = None,
+    compile: bool | dict[str, Any] = True,
+    unroll: int = 1,
+    scanned_attributes: Sequence[str] = (),
+) -> ScanLayers:
+    """Runs layers of equal structure through one compiled body, whatever the depth.
+
+    The result *is* a ``ModuleList`` with the given layers in it: the same ``state_dict`` keys, the same parameters for
+    optimizers, hooks and sharding. Its ``forward(x, *args, **kwargs)`` calls them in order; extra arguments go to every
+    layer. A layer that returns a tuple carries its first element on, and the whole returns what the last one returned.
+
+    Args:
+        layers: modules that differ in the values of their tensors and in nothing else.
+        remat: compute intermediate values again in backward; keep only what is carried between layers.
+        policy: what is kept all the same; see ``torchlift.checkpoint_policies``. Implies ``remat``.
+        every: keep the carry only before every that many layers.
+        lengths: a nest of loops, as in ``remat_scan``; the product is the number of layers. Implies ``remat``.
+        compile: True for Inductor, False for a plain Python loop, or options of ``torch.compile``.
+        unroll: how many layers make one compiled graph.
+        scanned_attributes: plain attributes, of the layers or of any submodule, that may differ. There is one graph
+            for each combination of their values.
+
+    Returns:
+        A ``ModuleList`` that can be called.
+
+    Raises:
+        LayerMismatchError: a layer differs from the first; the message says in what.
+
+    Example:
+        >>> blocks = torchlift.scan_layers([torch.nn.Linear(4, 4) for _ in range(6)], compile=False)
+        >>> blocks(torch.ones(2, 4)).shape, list(blocks.state_dict())[:2]
+        (torch.Size([2, 4]), ['0.weight', '0.bias'])
+    """
+    given = list(layers)
+    for index, layer in enumerate(given):
+        if not isinstance(layer, nn.Module):
+            raise TransformTargetError(f"scan_layers: layer {index} is a {type(layer).__name__}, expected an nn.Module")
+    return ScanLayers(
+        given, remat=remat, policy=policy, every=every, lengths=lengths, compile=compile, unroll=unroll,
+        scanned_attributes=scanned_attributes,
+    )  # fmt: skip
