@@ -47,7 +47,7 @@ class Recipe:
     heads: int = flag(4, "attention heads")
     context: int = flag(128, "characters the model sees at once")
     batch: int = flag(8, "sequences a step")
-    steps: int = flag(700, "optimizer steps")
+    steps: int = flag(1000, "optimizer steps")
     lr: float = flag(3e-3, "peak learning rate")
     dropout: float = flag(0.0, "dropout on the two residual branches of a block")
     seed: int = flag(0, "seed of weights, batches and dropout")

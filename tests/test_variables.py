@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -393,10 +394,10 @@ def test_apply_refuses_unknown_names(given, match):
         apply(nn.Linear(1, 1), given, torch.ones(1))
 
 
-@pytest.mark.parametrize(("module", "name"), [(nn.BatchNorm1d(2), "batch_stats"), (Counter(), "state")])
-def test_apply_refuses_what_is_not_mutable(module, name):
+@pytest.mark.parametrize(("cls", "name"), [(partial(nn.BatchNorm1d, 2), "batch_stats"), (Counter, "state")])
+def test_apply_refuses_what_is_not_mutable(cls, name):
     with pytest.raises(ModifyCollectionError, match=rf"apply\(\w+\): .*'{name}'.*mutable=\['{name}'\]"):
-        apply(module, {}, torch.ones(3, 2))
+        apply(cls(), {}, torch.ones(3, 2))
 
 
 def test_apply_shares_ties():

@@ -10,6 +10,9 @@ from torchlift.variables import Variable, capture, set_collection, sow, variable
 from torchlift.applying import apply
 from torchlift.engine.policies import checkpoint_name, checkpoint_policies
 from torchlift.engine.remat import is_recomputing
+from torchlift.transforms.autodiff import grad, jvp, value_and_grad, vjp
 from torchlift.transforms.remat import checkpoint, remat
 from torchlift.scan_layers import ScanLayers, scan_layers
 from torchlift.state_dict import stack_state_dict, unstack_state_dict
+from torchlift.axes import all_gather, axis_index, pmax, pmean, pmin, psum
+from torchlift.norm import sync_batch_norm

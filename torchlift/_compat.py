@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
 NormBase = torch.nn.modules.batchnorm._NormBase
+BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 
 # --- the engine: what is in effect around a call ------------------------------------------------------------------
@@ -114,6 +116,31 @@ def guards_hold(mode: FakeTensorMode, guards: str | None, tensors: list[torch.Te
         return True
     blanks = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta") for t in tensors]
     return mode.shape_env.evaluate_guards_expression(guards, blanks)
+
+
+def allow_in_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.allow_in_graph``, which loads the compiler; so only when it is there or needed."""
+    return torch.compiler.allow_in_graph(fn)
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a fake, or a functional tensor of AOTAutograd over one."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, torch._subclasses.FakeTensor | FunctionalTensor)
+
+
+@contextlib.contextmanager
+def dynamo_off() -> Iterator[None]:
+    """Functions under ``torch.compile`` run as they are: a capture traces through them, and waits for no compiler."""
+    from torch._dynamo import eval_frame
+
+    before = eval_frame._stance
+    eval_frame._stance = eval_frame.DynamoStance("force_eager")
+    try:
+        yield
+    finally:
+        eval_frame._stance = before
 
 
 def size_hint(size: int | torch.SymInt) -> int:
@@ -249,6 +276,8 @@ def version(tensor: torch.Tensor) -> int:
 
 # --- the engine: rematerialisation --------------------------------------------------------------------------------
 
+TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """What is left of ``tensor`` without the wrappers of ``torch.func`` transforms."""
@@ -287,6 +316,16 @@ def batched_marker() -> torch.Tensor | None:
     return marker
 
 
+def selective_context(out: Any) -> Any:
+    """What torch gives a checkpointing policy beside the operator and its arguments."""
+    from torch.utils.checkpoint import SelectiveCheckpointContext
+
+    try:
+        return SelectiveCheckpointContext(is_recompute=False, op_output=out)
+    except TypeError:  # torch 2.11
+        return SelectiveCheckpointContext(is_recompute=False)
+
+
 def tracked_alias(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor.detach()`` that shares the count of in-place writes inside of a dispatch mode too."""
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
@@ -300,10 +339,10 @@ def no_dispatch_modes() -> Any:
 
 @functools.cache
 def makes_fresh_results(op: Any) -> bool:
-    """Whether an operator's results are new tensors that depend on its arguments alone: no view, no write, no draw."""
+    """Whether an operator's results are new tensors: it returns no view and writes into nothing."""
     if not isinstance(op, torch._ops.OpOverload):
         return True  # a higher-order operator
-    if writes_in_place(op) or torch.Tag.nondeterministic_seeded in op.tags or op.namespace == "prim":
+    if writes_in_place(op) or op.namespace == "prim":
         return False
     returns = op._schema.returns
     return any("Tensor" in str(r.type) for r in returns) and all(r.alias_info is None for r in returns)
@@ -329,3 +368,23 @@ def inductor_copies(op: Any) -> None:
                 return clone(x)
 
             register_lowering(op, type_promotion_kind=None)(copy_of_first)
+
+
+# --- collectives --------------------------------------------------------------------------------------------------
+
+
+def kept_in_graphs(*functions: Callable[..., Any]) -> Callable[[], bool]:
+    """What Dynamo has to call before it meets ``functions``, to put them into its graph without looking inside.
+
+    Not done here and now: it imports Dynamo, which takes a second.
+    """
+
+    def allow() -> bool:
+        import torch._dynamo
+
+        for function in functions:
+            torch._dynamo.allow_in_graph(function)
+        return True
+
+    allow._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
+    return allow

@@ -14,7 +14,7 @@ from torchlift.errors import VariableNameError
 from torchlift.filters import Filter, check, matches
 from torchlift.pack import Packed
 from torchlift.rng import seed_rngs
-from torchlift.variables import Capture, sow
+from torchlift.variables import Capture, sow_at
 
 
 def apply(
@@ -62,7 +62,7 @@ def apply(
         packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
         out, update = packed.pure(_overridden(packed, variables), packed.leaves)
     for site, value in zip(update.meta.sites, update.sown, strict=True):
-        sow(packed.module_at(site.root, site.path), site.collection, site.name, value)  # for captures around this call
+        sow_at(packed.module_at(site.root, site.path), site, value)  # for captures around this call
     if mutable is False:
         return out
     updated: dict[str, dict[str, Any]] = {}

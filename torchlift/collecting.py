@@ -31,13 +31,24 @@ class Slot(NamedTuple):
 
 
 class Entry:
-    """One variable: a tensor, and the first place where it was found."""
+    """One variable: a tensor, and the places where it was found, the first of which names it."""
 
-    __slots__ = ("collection", "name", "paths", "root", "store", "tensor")
+    __slots__ = ("collection", "places", "root", "store", "tensor")
 
-    def __init__(self, tensor: Tensor, collection: str, name: str, root: int, store: str):
-        self.tensor, self.collection, self.name, self.root, self.store = tensor, collection, name, root, store
-        self.paths = [(name, collection)]  # every place: (dotted name, the collection it has there)
+    def __init__(self, tensor: Tensor, collection: str, node: Node, store: str, key: str):
+        self.tensor, self.collection, self.root, self.store = tensor, collection, node.root, store
+        self.places = [(node, key, collection)]
+
+    @property
+    def name(self) -> str:
+        """The dotted name, in its root. Made when asked for: a call that succeeds needs no names."""
+        node, key, _ = self.places[0]
+        return node.dotted(key)
+
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        """Every place, as (dotted name, the collection it has there)."""
+        return [(node.dotted(key), collection) for node, key, collection in self.places]
 
 
 class Node:
@@ -67,29 +78,38 @@ class Collected:
         self.label = label
         self.nodes: list[Node] = []
         self.entries: list[Entry] = []
+        self.buffers: list[int] = []  # which entries are buffers
         self._node_of: dict[int, int] = {}
-        self._entry_of: dict[Tensor, int] = {}
+        self._entry_of: dict[Any, int] = {}
+        # Dynamo knows tensors as keys of a dict, but no id of them; elsewhere Tensor.__hash__ is a slow way to say id.
+        self._identity: Callable[[Tensor], Any] = _itself if _compat.is_compiling() else id
         self.leaves, self._spec = _tree.flatten((args, kwargs))
         self.tensor_leaves = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.roots = [module]
         self._walk(module, 0, "")
         if len(self.tensor_leaves) < len(self.leaves) or self._interesting:
             self._collect_further()
-        self._args = [self._argument(at, leaf) for at, leaf in enumerate(self.leaves)]
+            self._slots: list[Slot] | None = [self._argument(at, leaf) for at, leaf in enumerate(self.leaves)]
+        else:
+            self._slots = None  # the arguments hold nothing but tensors: their leaves are what goes in
         self.tensors = [entry.tensor for entry in self.entries]
 
     _interesting = False  # whether any plain attribute may hold a reference
 
     def _walk(self, module: nn.Module, root: int, path: str) -> int:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(f"{self.label}: {path or 'the module'} is a ScriptModule; lift the Python module")
         fields = module.__dict__
         node = Node(module, root, path)
         self._node_of[id(module)] = at = len(self.nodes)
         self.nodes.append(node)
-        for store in ("_parameters", "_buffers"):
-            for key, tensor in fields[store].items():
-                if tensor is not None:
-                    collection = PARAMS if store == "_parameters" else collection_of(module, store, key)
-                    node.tensors.append((store, key, self._entry(tensor, collection, node, store, key)))
+        for key, tensor in fields["_parameters"].items():
+            if tensor is not None:
+                node.tensors.append(("_parameters", key, self._entry(tensor, PARAMS, node, "_parameters", key)))
+        for key, tensor in fields["_buffers"].items():
+            if tensor is not None:
+                collection = collection_of(module, "_buffers", key)
+                node.tensors.append(("_buffers", key, self._entry(tensor, collection, node, "_buffers", key)))
         for key, value in fields.items():
             if key not in INTERNALS and type(value) not in SCALARS:
                 node.attributes.append((key, value))
@@ -101,17 +121,20 @@ class Collected:
         return at
 
     def _entry(self, tensor: Tensor, collection: str, node: Node, store: str, key: str) -> int:
-        name = node.dotted(key)
-        index = self._entry_of.get(tensor)
+        identity = self._identity(tensor)
+        index = self._entry_of.get(identity)
         if index is None:
-            if isinstance(tensor, _compat.UninitializedTensor):
+            if type(tensor) in _compat.UninitializedTensor:
                 raise UnsupportedError(
-                    f"{self.label}: {name!r} is not initialised yet; call the lazy module once before lifting it"
+                    f"{self.label}: {node.dotted(key)!r} is not initialised yet; call the lazy module once before "
+                    "lifting it"
                 )
-            self._entry_of[tensor] = index = len(self.entries)
-            self.entries.append(Entry(tensor, collection, name, node.root, store))
+            self._entry_of[identity] = index = len(self.entries)
+            self.entries.append(Entry(tensor, collection, node, store, key))
+            if store == "_buffers":
+                self.buffers.append(index)
         elif store != ATTRIBUTE:
-            self.entries[index].paths.append((name, collection))
+            self.entries[index].places.append((node, key, collection))
         return index
 
     def _collect_further(self) -> None:
@@ -122,10 +145,6 @@ class Collected:
         scanned = 0
         while True:
             for node in self.nodes[scanned:]:
-                if isinstance(node.module, torch.jit.ScriptModule):
-                    raise UnsupportedError(
-                        f"{self.label}: {node.path or 'the module'} is a ScriptModule; lift the Python module"
-                    )
                 for _, value in node.attributes:
                     modules_in(value, found)
             scanned = len(self.nodes)
@@ -251,7 +270,13 @@ class Collected:
 
     def arguments(self, shadows: Sequence[nn.Module], bound: Sequence[Tensor], leaves: Sequence[Any]) -> Any:
         """The ``(args, kwargs)`` of the call with these leaves."""
-        return _tree.unflatten([self.fill(slot, shadows, bound, leaves) for slot in self._args], self._spec)
+        if self._slots is not None:
+            leaves = [self.fill(slot, shadows, bound, leaves) for slot in self._slots]
+        return _tree.unflatten(leaves, self._spec)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Container:
@@ -324,4 +349,4 @@ def derived_attributes(module: nn.Module) -> tuple[str, ...]:
 
 def same_role(entry: Entry, axis_of: Callable[[str], Any]) -> bool:
     """Whether all the places of an entry ask for one axis."""
-    return len(entry.paths) == 1 or len({axis_of(collection) for _, collection in entry.paths}) == 1
+    return len(entry.places) == 1 or len({axis_of(collection) for _, _, collection in entry.places}) == 1

@@ -23,6 +23,10 @@ class TransformTargetError(TorchliftError, TypeError):
     """A transform was given something that it cannot lift, such as a module instance."""
 
 
+class FunctionTargetError(TransformTargetError, ValueError):
+    """A transform that calls a function with a module was given a class or a module for the function."""
+
+
 class TransformedMethodReturnValueError(TorchliftError, ValueError):
     """A lifted function returned a module or a :class:`torchlift.Variable`."""
 
@@ -35,12 +39,20 @@ class AxisError(TorchliftError, ValueError):
     """Axes or sizes disagree, are missing, or do not exist."""
 
 
+class AxisNameError(TorchliftError, NameError):
+    """No axis of that name is mapped around the call."""
+
+
 class AliasError(AxisError):
     """One tensor is reached by paths that ask for different axes."""
 
 
 class CarryError(TorchliftError, ValueError):
     """A loop body returned a carry whose structure, shape or dtype differs from the one it received."""
+
+
+class DifferentiationError(TorchliftError, ValueError):
+    """What is differentiated is no scalar, or a cotangent or tangent is not like what it belongs to."""
 
 
 class ModifyCollectionError(TorchliftError, RuntimeError):

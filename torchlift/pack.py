@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.filters import matches
-from torchlift.variables import AT, ATTRIBUTE, COLLECTIONS, Capture, Site, Variable, assign_collection, collection_of, sow
+from torchlift.variables import AT, ATTRIBUTE, COLLECTIONS, Capture, Site, Variable, assign_collection, collection_of, sow_at
 
 
 class Change(NamedTuple):
@@ -116,10 +117,11 @@ class Packed(Collected):
 
     def snapshot(self) -> list[Tensor]:
         """The tensor of each entry; what publish may write into as a copy, for a pure call that runs again later."""
-        return [
-            tensor.clone() if writable and entry.store == "_buffers" else tensor
-            for tensor, writable, entry in zip(self.tensors, self.writable, self.entries, strict=True)
-        ]
+        tensors = list(self.tensors)
+        for index in self.buffers:
+            if self.writable[index]:
+                tensors[index] = tensors[index].clone()
+        return tensors
 
     # Pure ------------------------------------------------------------------------------------------------------------
 
@@ -134,14 +136,11 @@ class Packed(Collected):
         # NOTE [Buffers]. Buffers are bound as clones: in-place writes would reach the caller's storage through vmap and
         # grad. A parameter is bound as it is: twice the memory of a model is too much for a write that is an error in
         # torch, outside of no_grad, and right there.
-        bound = [
-            tensor.clone() if entry.store == "_buffers" else tensor
-            for tensor, entry in zip(tensors, self.entries, strict=True)
-        ]
-        versions = [
-            _compat.version(tensor) if entry.store == "_buffers" else 0
-            for tensor, entry in zip(bound, self.entries, strict=True)
-        ]
+        bound = list(tensors)
+        for index in self.buffers:
+            # Contiguous: the vmap rule of batch_norm writes into a copy, and loses it, where a batch axis is not in front.
+            bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
+        versions = {index: _compat.version(bound[index]) for index in self.buffers}
         shadows = self.shadows(bound, self.hidden, self.inside)
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
@@ -160,14 +159,14 @@ class Packed(Collected):
         changes: list[Change] = []
         values: list[Tensor] = []
         for at, shadow in enumerate(shadows):
-            self._read_back(at, shadow.__dict__, bound, versions, changes, values)
+            self._read_back(at, shadow.__dict__, tensors, bound, versions, changes, values)
             self._check_attributes(self.nodes[at], shadow.__dict__, *before[at])
         sown = [(site, value) for site, values in frame.sown.items() for value in values]
         return out, Update(values, [value for _, value in sown], Meta(tuple(changes), tuple(site for site, _ in sown)))
 
     def _draws_refused(self) -> rng.States | None:
         """Where the default generators stand, if the body may not draw from them."""
-        if _compat.is_tracing() or all(stream != rng.DROPOUT for stream, _ in self.refused):
+        if not self.refused or _compat.is_tracing() or all(stream != rng.DROPOUT for stream, _ in self.refused):
             return None
         return rng.default_states()
 
@@ -180,8 +179,8 @@ class Packed(Collected):
                 )
 
     def _read_back(
-        self, at: int, fields: dict[str, Any], bound: list[Tensor], versions: list[int], changes: list[Change],
-        values: list[Tensor],
+        self, at: int, fields: dict[str, Any], given: Sequence[Tensor], bound: list[Tensor], versions: dict[int, int],
+        changes: list[Change], values: list[Tensor],
     ) -> None:  # fmt: skip
         """Appends what the body did to the tensors of one module."""
         node = self.nodes[at]
@@ -193,7 +192,7 @@ class Packed(Collected):
             now = fields[store].get(key)
             if now is not bound[index]:
                 how = "rebind"
-            elif store == "_buffers" and self._was_written(node.module, index, now, versions[index]):
+            elif store == "_buffers" and self._was_written(node, index, given[index], bound, versions):
                 how = "copy"
             else:
                 continue
@@ -213,13 +212,23 @@ class Packed(Collected):
                     changes.append(Change("create", at, store, key, -1, collection))
                     values.append(tensor)
 
-    def _was_written(self, owner: nn.Module, index: int, now: Tensor, version: int) -> bool:
+    def _was_written(
+        self, node: Node, index: int, given: Tensor, bound: Sequence[Tensor], versions: dict[int, int]
+    ) -> bool:
         if _compat.is_compiling():  # a version is not known while Dynamo traces: what may be written is taken to be
             return self.writable[index]
-        # NOTE [Batch norm]. torch's batch_norm writes the running statistics without counting it in their version.
-        return _compat.version(now) != version or (
-            owner.training and now.is_floating_point() and _calls_batch_norm(type(owner))
-        )
+        now, owner = bound[index], node.module
+        if _compat.version(now) != versions[index]:
+            return True
+        if not (owner.training and now.is_floating_point() and _calls_batch_norm(type(owner))):
+            return False
+        # NOTE [Batch norm]. torch's batch_norm writes the running statistics without counting it in their version. The
+        # counter beside them tells, in torch's own layers; elsewhere the values do, or in a transform are taken to.
+        counters = [at for _, key, at in node.tensors if key == "num_batches_tracked"]
+        if counters and inspect.unwrap(type(owner).forward).__module__.startswith("torch.nn."):
+            return any(_compat.version(bound[at]) != versions[at] for at in counters)
+        unknown = _compat.is_tracing() or _compat.functorch_level(now) >= 0 or now.is_meta
+        return unknown or not torch.equal(now, given)
 
     def _check_writable(self, node: Node, key: str, index: int, now: Any) -> None:
         entry = self.entries[index]
@@ -277,7 +286,7 @@ class Packed(Collected):
         for change, value in zip(update.meta.changes, update.changed, strict=True):
             self._write(self.nodes[change.node].module, change, value if self.nested else value.detach())
         for site, value in zip(update.meta.sites, update.sown, strict=True):
-            sow(self.module_at(site.root, site.path), site.collection, site.name, value)
+            sow_at(self.module_at(site.root, site.path), site, value)
 
     def _check_publishable(self, change: Change, value: Tensor) -> None:
         owner = self.nodes[change.node].module

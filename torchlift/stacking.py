@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, rng
+from torchlift import _compat, metadata, rng
 from torchlift.errors import AxisError, LayerMismatchError, StackedModuleError
 from torchlift.groups import Groups
 from torchlift.variables import AT, collection_of, own_tensors
@@ -21,10 +21,15 @@ _PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not 
 
 @dataclass(frozen=True)
 class Stacking:
-    """How the instances of a lifted class are stacked: an axis for each collection, and the sizes if they are told."""
+    """How the instances of a lifted class are stacked: an axis for each collection, and the sizes if they are told.
+
+    ``metadata_params`` are for the axis metadata of what is stacked; ``loops``: the axis is that of a loop.
+    """
 
     groups: Groups
     sizes: tuple[int, ...] | None
+    metadata_params: Mapping[Any, Any] = field(default_factory=lambda: {metadata.PARTITION_NAME: None})
+    loops: bool = False
 
     @property
     def label(self) -> str:
@@ -32,6 +37,20 @@ class Stacking:
 
     def axis(self, module: nn.Module, store: str, key: str) -> int | None:
         return self.groups.role(collection_of(module, store, key)).axis
+
+    @property
+    def levels(self) -> int:
+        return 1 if self.sizes is None else len(self.sizes)
+
+    def change_metadata(self, change: Callable[..., None], module: nn.Module) -> None:
+        """Adds the stacked axes to the metadata of one module, or removes them; its tensors are not stacked."""
+
+        def place(owner: nn.Module, key: str) -> int | None:
+            store = "_parameters" if key in owner.__dict__["_parameters"] else "_buffers"
+            axis = self.axis(owner, store, key)
+            return axis if axis is None or axis >= 0 else axis % (owner.__dict__[store][key].ndim + 1)
+
+        change(module, place, self.metadata_params, self.levels)
 
 
 def _located(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Tensor]]:
@@ -53,6 +72,7 @@ def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...],
     first = next(modules)
     # The very same __dict__, not a copy: what refers back to `first` (a hook that is a bound method) sees the stack.
     object.__setattr__(stack, "__dict__", first.__dict__)
+    how.change_metadata(metadata.added, first)
     slots = list(_located(first))
     stacks: dict[Tensor, Tensor] = {}
     for name, owner, store, key, tensor in slots:
@@ -160,12 +180,18 @@ def module_at(stack: nn.Module, base: type[nn.Module], index: int, how: Stacking
     for owner in stack.modules():  # derived attributes (weight norm) are no leaves, which deepcopy refuses to copy
         memo.update({id(v): v for v in owner.__dict__.values() if isinstance(v, Tensor) and id(v) not in memo})
     object.__setattr__(module, "__dict__", copy.deepcopy(stack.__dict__, memo))
+    how.change_metadata(metadata.removed, module)
     return module
 
 
 def sizes_of(stack: nn.Module, how: Stacking) -> tuple[int, ...]:
     """The sizes of a stack, read off its tensors: how many modules there are on each stacked axis."""
-    levels = len(how.sizes) if how.sizes is not None else 1
+    if is_pending(stack):
+        raise AxisError(
+            f"{how.label}: the size is not known yet: call the module or load_state_dict first, or give the size where "
+            "the class is lifted"
+        )
+    levels = how.levels
     for _, owner, store, key, tensor in _located(stack):
         axis = how.axis(owner, store, key)
         if axis is not None:
@@ -181,11 +207,12 @@ def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Cal
     sizes = sizes_of(stack, how)
     for index in range(math.prod(sizes)):
         module = module_at(stack, base, index, how, share=True)
-        before = {name: tensor for name, *_, tensor in _located(module)}
+        before = {name: (tensor, tensor.data_ptr()) for name, *_, tensor in _located(module)}
         fn(module)
         places = {name: (owner, store, key) for name, owner, store, key, _ in _located(stack)}
         for name, *_, tensor in _located(module):
-            if tensor is not before.get(name):
+            old, address = before.get(name, (None, 0))
+            if tensor is not old or tensor.data_ptr() != address:  # the latter where `.data` was set
                 owner, store, key = places[name]
                 whole = owner.__dict__[store][key]
                 axis = how.axis(owner, store, key)

@@ -245,18 +245,19 @@ class Capture:
         self.stack: list[nn.Module] = []  # modules that are being called, outermost first; only capture() fills it
         self.store: dict[str, dict[str, tuple[Any, ...]]] = {}
 
-    def add(self, module: nn.Module, collection: str, name: str, value: Any) -> None:
-        site = Site(*self._locate(module), collection, name)
+    def add(self, module: nn.Module, collection: str, name: str, value: Any, path: str = "") -> None:
+        """``path`` is the module's where no module around it is being called."""
+        site = Site(*(self._locate(module) or (0, path)), collection, name)
         self.sown[site] = (*self.sown.get(site, ()), value)
         self.store.setdefault(collection, {})[site.dotted_name] = self.sown[site]
 
-    def _locate(self, module: nn.Module) -> tuple[int, str]:
+    def _locate(self, module: nn.Module) -> tuple[int, str] | None:
         if AT in module.__dict__:
             return module.__dict__[AT]
         for path, candidate in self.stack[0].named_modules() if self.stack else ():
             if candidate is module:
                 return 0, path
-        return 0, ""
+        return None
 
 
 def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
@@ -284,6 +285,13 @@ def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
     for frame in context.captures:
         if matches(frame.filter, collection):
             frame.add(module, collection, name, value)
+
+
+def sow_at(module: nn.Module, site: Site, value: Any) -> None:
+    """Sows what a body sowed at ``site``, in the module that it stands for."""
+    for frame in context.captures:
+        if matches(frame.filter, site.collection):
+            frame.add(module, site.collection, site.name, value, site.path)
 
 
 @contextmanager

@@ -75,6 +75,7 @@ class Graphs:
         default_factory=list
     )  # per input: its gradient may share memory with another value
     recomputed: int = 0
+    grads: list[bool] = field(default_factory=list)  # per input: whether it gets a gradient
 
 
 def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list[Tree]]]:
@@ -335,6 +336,7 @@ def _wire(
         [source[node.name] for node in holders],
         _shared(bw),
         sum(node.op == "call_function" and node.name in forward_names for node in bw.graph.nodes),
+        [node is not None for node in next(iter(reversed(bw.graph.nodes))).args[0]],
     )
 
 

@@ -29,9 +29,13 @@ class Closures(TorchFunctionMode):
     """Puts operands in the place of closure tensors; if ``watch``, raises :class:`ForeignTensor` at any other one."""
 
     def __init__(
-        self, given: Iterable[torch.Tensor], foreign: Sequence[torch.Tensor] = (), operands: Sequence[torch.Tensor] = (),
-        *, watch: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        given: Iterable[torch.Tensor],
+        foreign: Sequence[torch.Tensor] = (),
+        operands: Sequence[torch.Tensor] = (),
+        *,
+        watch: bool = False,
+    ) -> None:
         super().__init__()
         self.operands = {id(tensor): operand for tensor, operand in zip(foreign, operands)}
         self.watch = watch
@@ -105,9 +109,11 @@ class _Finder(Closures):
         self.depth = _compat.functorch_depth()
         self.around = [mode for mode in reversed(_compat.function_modes()) if isinstance(mode, Closures)]
         self.refuse = refuse
-        self.found: list[torch.Tensor] = []
+        self.found: dict[int, torch.Tensor] = {}
 
     def on_foreign(self, x: torch.Tensor) -> None:
+        if id(x) in self.found:
+            return
         # Levels are unambiguous here: what is wrapped deeper than we stand was wrapped in the body. But where a region
         # around this one runs again, it has its own operand in the place of `x`, and that is what counts.
         resolved = x
@@ -120,8 +126,7 @@ class _Finder(Closures):
             if _compat.is_wrapped(inner) or inner.requires_grad:
                 self.refuse(inner)
             return
-        self.given.add(id(x))
-        self.found.append(x)
+        self.found[id(x)] = x
 
 
 def find_closures(
@@ -131,15 +136,16 @@ def find_closures(
 
     def refuse(tensor: torch.Tensor) -> None:
         raise ClosureError(
-            f"{name}({_name_of(fn)}): {_where(fn, tensor)} of shape {tuple(tensor.shape)} reaches the body by a closure "
-            "and is there given to a torch.func transform, where its gradient would be lost; pass it as an argument"
+            f"{name}({_name_of(fn)}): {_where(fn, tensor)} of shape {tuple(tensor.shape)} reaches the body by a "
+            "closure and is there given to a torch.func transform, where its gradient would be lost; "
+            "pass it as an argument"
         )
 
     with _Finder(given, refuse) as finder:
         out = run(given)
         for leaf in _compat.pytree.tree_leaves(out):
             finder.replace(leaf)
-    return finder.found
+    return list(finder.found.values())
 
 
 def _name_of(fn: Any) -> str:

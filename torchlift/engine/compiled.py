@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import textwrap
 import threading
@@ -55,7 +56,7 @@ class Request:
 
 
 @dataclass
-class _Variant:
+class Variant:
     """A program and the sizes it serves."""
 
     program: Program
@@ -73,11 +74,11 @@ class _Family:
     """Requests that differ only in sizes: the sizes seen, and the programs made."""
 
     sizes: list[tuple[torch.Size, ...]] = field(default_factory=list)
-    variants: list[_Variant] = field(default_factory=list)
+    variants: list[Variant] = field(default_factory=list)
 
 
 _lock = threading.RLock()
-_exact: OrderedDict[Hashable, _Variant | str] = OrderedDict()  # a string: why it cannot be compiled
+_exact: OrderedDict[Hashable, Variant | str] = OrderedDict()  # a string: why it cannot be compiled
 _families: OrderedDict[Hashable, _Family] = OrderedDict()
 compilations: Counter[Hashable] = Counter()  # captures per body key
 
@@ -120,14 +121,14 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
     common = request.common()
     exact = request.exact(common)
     found = _exact.get(exact)
-    if isinstance(found, _Variant) and not found.closure_likes:
+    if isinstance(found, Variant) and not found.closure_likes:
         return found.program, []
     # Fakes and graphs are made outside of the caller's inference mode: its tensors could not be traced.
-    with _lock, torch.inference_mode(False):
+    with _lock, torch.inference_mode(False), _compat.dynamo_off():
         found = _exact.get(exact)
         if isinstance(found, str):
             raise CaptureError(found)
-        if isinstance(found, _Variant):
+        if isinstance(found, Variant):
             closures = _closures(request, found)
             if closures is not None:
                 return found.program, closures
@@ -136,28 +137,38 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
         except TorchliftError:
             raise  # a carry that changes, and the like: what the plain loop would say
         except Exception as error:
-            reason = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
-            reason = textwrap.shorten(reason.strip().split("\n")[0], 200)
+            reason = reason_of(error)
             _remember(exact, reason)
             raise CaptureError(reason) from error
         _remember(exact, variant)
         return variant.program, closures
 
 
-def _remember(exact: Hashable, what: _Variant | str) -> None:
+def reason_of(error: Exception) -> str:
+    """One line on why a body cannot be compiled."""
+    reason = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
+    return textwrap.shorten(reason.strip().split("\n")[0], 200)
+
+
+def locked() -> threading.RLock:
+    """The lock under which bodies are captured and compiled."""
+    return _lock
+
+
+def _remember(exact: Hashable, what: Variant | str) -> None:
     _exact[exact] = what
     _exact.move_to_end(exact)
     while len(_exact) > SIGNATURES:
         _exact.popitem(last=False)
 
 
-def _closures(request: Request, variant: _Variant) -> list[torch.Tensor] | None:
+def _closures(request: Request, variant: Variant) -> list[torch.Tensor] | None:
     """The tensors that the body closes over now, if ``variant`` was made for such.
 
     NOTE [closures]: a closed-over tensor may be another one at the next call, which no key shows. So bodies that have
     any are run on fakes at each call to find them; bodies that take all their tensors as inputs pay nothing.
     """
-    seen = _settle(request)[1]
+    seen = settle(request)[1]
     return seen if [_closure_key(t, request) for t in seen] == variant.closure_likes else None
 
 
@@ -176,7 +187,7 @@ def _static(request: Request) -> list[frozenset[int]]:
     return [frozenset()] * len(request.tensors)
 
 
-def _settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
+def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
     """``request`` with the flags that its carry has after some iterations, and the tensors its body closes over.
 
     A carry that starts without grad gets one from the first iteration; one program serves them all.
@@ -194,13 +205,13 @@ def _settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
         request = replace(request, flags=tuple(flags))
 
 
-def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[_Variant, list[torch.Tensor]]:
+def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[Variant, list[torch.Tensor]]:
     """A program from the family of ``request``, symbolic where sizes differ from those seen before."""
-    request, closures = _settle(request)
+    request, closures = settle(request)
     exact, key = request.exact(common), request.family(common)
     likes = [_closure_key(t, request) for t in closures]
     known = _exact.get(exact)
-    if isinstance(known, _Variant) and known.closure_likes == likes:
+    if isinstance(known, Variant) and known.closure_likes == likes:
         return known, closures
     family = _families.setdefault(key, _Family())
     _families.move_to_end(key)
@@ -212,14 +223,14 @@ def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[_Variant, lis
         dims = _dynamic_dims(request, family, sizes)
         if any(dims):
             try:
-                variant = _capture(request, dims, closures)
+                variant = capture_program(request, dims, closures)
             except TorchliftError:
                 raise
             except Exception as error:  # symbolic sizes cannot always be had; one program a size can
                 log.debug("%s: no symbolic sizes: %s", request.body.name, error)
         family.sizes.append(sizes)
         if variant is None:
-            variant = _capture(request, _static(request), closures)
+            variant = capture_program(request, _static(request), closures)
         family.variants.append(variant)
         del family.variants[:-PROGRAMS], family.sizes[:-PROGRAMS]
     _remember(exact, variant)
@@ -242,7 +253,10 @@ def _dynamic_dims(request: Request, family: _Family, sizes: tuple[torch.Size, ..
     return dims
 
 
-def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor]) -> _Variant:
+def capture_program(
+    request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool = False
+) -> Variant:
+    """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
     symbolic = any(dims)
     train, signature = request.train, request.signature
     mode = _compat.new_fake_mode(symbolic)
@@ -259,6 +273,8 @@ def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.
         )
         orders = tangent_orders(graphs.bw_inputs, graphs.feeds)
         saved = _saved_bytes(graphs)
+        # Compiling a graph rewrites it.
+        kept = copy.deepcopy(graphs.fw) if shapes else None
         fw, bw = compile_graphs(graphs, request.backend, inductor)
     compilations[request.body.key] += 1
     program = Program(
@@ -276,10 +292,12 @@ def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.
         saved_bytes=saved,
         recomputed=graphs.recomputed,
         closures=len(closures),
+        shapes=kept,
+        grads=graphs.grads,
     )
     guards = _compat.guards_of(mode, fakes) if symbolic else None
     likes = [_closure_key(t, request) for t in closures]
-    return _Variant(program, likes, mode if symbolic else None, guards, symbolic)
+    return Variant(program, likes, mode if symbolic else None, guards, symbolic)
 
 
 def _saved_bytes(graphs: capture.Graphs) -> int:

@@ -36,6 +36,8 @@ class Program:
     saved_bytes: int
     recomputed: int
     closures: int = 0
+    shapes: torch.fx.GraphModule | None = None  # the forward, to infer shapes with
+    grads: list[bool] = field(default_factory=list)  # per input: whether backward gives it a gradient
 
     def __post_init__(self) -> None:
         self.outputs = self.carries + sum(y.tensors for y in self.ys)

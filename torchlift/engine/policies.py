@@ -1,11 +1,12 @@
 """What a rematerialised region keeps for its backward: policies, and names for them to look at.
 
 NOTE [Policies]. A policy is ``policy(ctx, op, *args, **kwargs)``: ``op`` is an ATen operator and the arguments are
-those it was called with, or ``op`` is ``torch.ops.torchlift.checkpoint_name.default`` and the arguments are a tensor and the name
-that :func:`checkpoint_name` gave it. ``ctx`` is torch's ``SelectiveCheckpointContext``, or None where a graph is cut
-and nothing runs (the arguments are then fake tensors). It returns a ``torch.utils.checkpoint.CheckpointPolicy``, or a
-bool: whether to save. Policies that need arguments of their own are ``functools.partial``s of plain functions: of all
-callables with state, these are what Dynamo accepts for a constant when a region is made inside compiled code.
+those it was called with, or ``op`` is ``torch.ops.torchlift.checkpoint_name.default`` and the arguments are a tensor
+and the name that :func:`checkpoint_name` gave it. ``ctx`` is torch's ``SelectiveCheckpointContext``, or None where a
+graph is cut and nothing runs (the arguments are then fake tensors). It returns a
+``torch.utils.checkpoint.CheckpointPolicy``, or a bool: whether to save. Policies that need arguments of their own are
+``functools.partial``s of plain functions: of all callables with state, these are what Dynamo accepts for a constant
+when a region is made inside compiled code.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from torchlift import _compat
 from torchlift._compat import pytree
@@ -156,8 +157,9 @@ class checkpoint_policies:
     """What :func:`torchlift.remat` keeps of a region for its backward; the rest is computed again.
 
     Pass one as ``policy=``, or a function of your own: ``policy(ctx, op, *args, **kwargs)`` gets each operator
-    (``torch.ops.aten.mm.default``, ...) with its arguments, ``torch.ops.torchlift.checkpoint_name.default`` with a tensor and
-    its name, and returns whether to save the result (a bool, or a ``torch.utils.checkpoint.CheckpointPolicy``).
+    (``torch.ops.aten.mm.default``, ...) with its arguments, ``torch.ops.torchlift.checkpoint_name.default`` with a
+    tensor and its name, and returns whether to save the result (a bool, or a
+    ``torch.utils.checkpoint.CheckpointPolicy``).
 
     Without an operator graph, what lies between two saved values is computed again even if it served only to make
     the second one; views, operators that write in place and random draws are always repeated. Under ``torch.func``
@@ -323,4 +325,3 @@ def graph_contexts(policy: Policy) -> Any:
     """``context_fn`` of ``torch.utils.checkpoint.checkpoint`` in compiled code, given as a partial of this function."""
     _compat.inductor_copies(NAME)
     return create_selective_checkpoint_contexts(functools.partial(_graph_policy, policy))
-

@@ -210,7 +210,9 @@ class _Region:
         return self.join(self.run_operands(tensors))
 
     def run_operands(self, tensors: Sequence[torch.Tensor]) -> Tensors:
-        """NOTE [Closures]. Operands of an autograd function get gradients, tensors that its code meets otherwise do not,
+        """The tensors of the result.
+
+        NOTE [Closures]. Operands of an autograd function get gradients; tensors that its code meets otherwise do not,
         silently. So the first run watches for tensors from outside that need one or belong to a transform around the
         call. Most bodies have none. Where one turns up, the function runs once more, without graph and with those
         transforms in effect, to find all of them, and then with them as operands.
@@ -266,14 +268,15 @@ class _Recomputing:
 def _with_hooks(call: _Call, operands: Tensors) -> Tensors:
     failure: BaseException | None = None
     ran = False
+    run = call.hooked or call.first
 
     def body(*operands: torch.Tensor) -> Any:
         nonlocal failure, ran
         if ran:
-            return call.hooked(*operands)
+            return run(*operands)
         ran = True
         try:
-            return call.hooked(*operands)
+            return run(*operands)
         except BaseException as error:
             # NOTE [Failing body]. Up to torch 2.12 an exception leaves the hooks of the checkpoint in place for as long
             # as someone holds on to its traceback; so it passes by after the checkpoint has cleaned up.
@@ -306,10 +309,10 @@ def _apply(call: _Call, *operands: torch.Tensor) -> Tensors:
             return call.first(*operands)
         if call.hooked is not None and call.region.hooks:
             return _with_hooks(call, operands)
-    return _Remat.apply(call, *operands)  # type: ignore[no-any-return]
+    return _Remat.apply(call, *operands)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """A function of tensors that can be run again; closed under mapping and differentiation."""
 
@@ -319,8 +322,10 @@ class _Call:
     hooked: Callable[..., Tensors] | None = None
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> _Call:
-        runs = (self.first, self.again, self.hooked)
-        return _Call(self.region, *(run and torch.func.vmap(run, in_dims, 0, randomness) for run in runs))
+        def over(run: Callable[..., Tensors]) -> Callable[..., Tensors]:
+            return torch.func.vmap(run, in_dims, 0, randomness)
+
+        return _Call(self.region, over(self.first), over(self.again), self.hooked and over(self.hooked))
 
 
 class _Pullback(_Call):
@@ -342,11 +347,7 @@ class _Pullback(_Call):
             return linearise(operands)(*operands[count:])
 
         super().__init__(call.region, run, run)
-        object.__setattr__(self, "linearise", linearise)
-        object.__setattr__(self, "count", count)
-
-    linearise: Callable[[Tensors], Callable[..., Tensors]]
-    count: int
+        self.linearise, self.count = linearise, count
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> _Call:
         if any(dim is not None for dim in in_dims[: self.count]):
@@ -356,13 +357,13 @@ class _Pullback(_Call):
         # that ``vmap``, where its draws would be others than in the forward, or refused.
         def run(*operands: torch.Tensor) -> Tensors:
             pull = torch.func.vmap(self.linearise(operands), in_dims[self.count :], 0, randomness)
-            return pull(*operands[self.count :])  # type: ignore[no-any-return]
+            return pull(*operands[self.count :])
 
         return _Call(self.region, run, run)
 
 
 class _Remat(torch.autograd.Function):
-    """Runs a call and saves its operands; the gradient is again a call, so every order of derivative is rematerialised."""
+    """Runs a call and saves its operands. The gradient is a call as well: every derivative is rematerialised."""
 
     @staticmethod
     def forward(call: _Call, *operands: torch.Tensor) -> Tensors:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
 from torchlift._compat import pytree
+from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.policies import NAME, OFFLOADS, SAVES, Policy, listeners, verdict_of
 
 Key = tuple[Any, int]  # an operator, and which of its calls in the region
@@ -57,7 +57,7 @@ class _Place:
 
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
     dtype: torch.dtype
 
 
@@ -79,21 +79,25 @@ class Tape:
         self.kept: dict[Key, tuple[list[Any], Any]] = {}
 
     def keep(self, key: Key, leaves: list[Any], spec: Any, offload: bool) -> None:
-        wrapped = [_Kept(_compat.tracked_alias(leaf), offload) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.kept[key] = wrapped, spec
+        kept = [_Kept(_compat.tracked_alias(x), offload) if isinstance(x, torch.Tensor) else x for x in leaves]
+        self.kept[key] = kept, spec
 
     def take(self, key: Key) -> tuple[bool, Any]:
         """(whether the result of this call is kept, the result)."""
+        entry = self.kept.get(key)
+        if entry is None:
+            return False, None
         # Under retain_graph=True the region is replayed again. Otherwise the tape lets go of what it hands out: the
         # replay keeps it as long as backward needs it.
-        entry = self.kept.get(key) if _compat.backward_keeps_graph() else self.kept.pop(key, None)
-        if entry is None or not all(leaf.valid() for leaf in entry[0] if isinstance(leaf, _Kept)):
+        if not _compat.backward_keeps_graph():
+            del self.kept[key]
+        if not all(leaf.valid() for leaf in entry[0] if isinstance(leaf, _Kept)):
             return False, None
         leaves, spec = entry
         return True, pytree.tree_unflatten([x.get() if isinstance(x, _Kept) else x for x in leaves], spec)
 
 
-class _RegionMode(TorchDispatchMode):
+class _RegionMode(_compat.TorchDispatchMode):
     supports_higher_order_operators = True
 
     @classmethod
@@ -130,7 +134,7 @@ class Recorder(_RegionMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = op(*args, **kwargs)
+        out, drew = _run_noting_draws(op, args, kwargs)
         if not _compat.makes_fresh_results(op):
             if _compat.writes_in_place(op):
                 for leaf in pytree.tree_leaves((args, kwargs)):
@@ -138,7 +142,9 @@ class Recorder(_RegionMode):
                         self.candidates.pop(_address(leaf), None)
             return out
         key = self.next_key(op)
-        verdict = verdict_of(self.policy, SelectiveCheckpointContext(is_recompute=False, op_output=out), op, *args, **kwargs)
+        verdict = verdict_of(self.policy, _compat.selective_context(out), op, *args, **kwargs)
+        if drew:
+            return out
         leaves, spec = pytree.tree_flatten(out)
         if verdict in SAVES or verdict in OFFLOADS:
             self.tape.keep(key, leaves, spec, verdict in OFFLOADS)
@@ -149,12 +155,13 @@ class Recorder(_RegionMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors:
             return
-        main = max(tensors, key=_bytes)
+        main = tensors[0] if len(tensors) == 1 else max(tensors, key=_bytes)
         address = _address(main)
         # `aten._unsafe_view` and the like hand their argument on without saying so: who made it stays the one to name.
         if address and any(isinstance(arg, torch.Tensor) and _address(arg) == address for arg in args):
             return
-        if not address or sum(_bytes(t) for t in tensors if t is not main) > _SMALL * _bytes(main):
+        others = sum(_bytes(t) for t in tensors if t is not main)
+        if not address or others > _SMALL * _bytes(main):
             self.candidates.pop(address, None)
             return
         place = _Place(main.size(), main.stride(), main.storage_offset(), main.dtype)
@@ -169,8 +176,7 @@ class Recorder(_RegionMode):
         """
         x = _compat.plain(x)
         with torch.no_grad(), _compat.no_dispatch_modes():
-            context = SelectiveCheckpointContext(is_recompute=False, op_output=x)
-            verdict = verdict_of(self.policy, context, NAME, x, name)
+            verdict = verdict_of(self.policy, _compat.selective_context(x), NAME, x, name)
             made = self.candidates.get(_address(x))
             if made is None:
                 return
@@ -198,6 +204,16 @@ class Replayer(_RegionMode):
         return op(*args, **(kwargs or {}))
 
 
+def _run_noting_draws(op: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """(result, whether it took random numbers). The tag of attention says that it may, for the sake of its dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+        return op(*args, **kwargs), False
+    devices = devices_of(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    before = read_states(devices)
+    out = op(*args, **kwargs)
+    return out, any(not torch.equal(a, b) for (_, a), (_, b) in zip(before, read_states(devices)))
+
+
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -208,4 +224,3 @@ def _address(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
         return 0
-

@@ -257,8 +257,10 @@ class _Iterations:
             [self._to_front(packed.leaves[at], self.axes[at], 1) for at in self.xs_at],
             index,
         )
-        body = loop.Body(self.body, (fingerprint.of_packed(packed), self.transform) if compile else self.label, self.label)
-        drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) and not _compat.is_compiling() else None
+        compiled = compile is not False and not _compat.is_compiling()
+        key = (fingerprint.of_packed(packed), self.transform) if compiled else self.label
+        body = loop.Body(self.body, key, self.label)
+        drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) and not _compat.is_tracing() else None
         if packed.has_hooks(skip_root=packed.inside is not None):
             compile = False
         (state, leaves), ys = run(

@@ -49,7 +49,7 @@ class _Vmap(Transform):
         packed.allow(lambda c: groups.role(c).writable, lambda c: f"give it an axis: variable_axes={{{c!r}: 0}}")
         packed.refuse(groups.untold_streams(rng.positions()))
         size = self._size(packed.entries, roles, packed.leaves, leaf_axes, label)
-        run = _Run(packed, groups, self.out_axes, size)
+        run = _Run(packed, groups, self.out_axes, size, self.axis_name)
         mapped = packed.tensor_leaves
         in_dims = (0, [role.axis for role in roles], [leaf_axes[at] for at in mapped])
         inputs = (torch.arange(size, device=packed.device), packed.tensors, [packed.leaves[at] for at in mapped])
@@ -64,7 +64,7 @@ class _Vmap(Transform):
         if len({split for split in splits.values() if split is not None}) > 1:
             return run.by_index(in_dims, inputs, splits)  # torch's vmap knows one kind of randomness at a time
         mapped = torch.func.vmap(
-            lambda index, tensors, leaves: run.one(index, tensors, leaves, self.axis_name),
+            run.one,
             in_dims=in_dims,
             randomness={True: "different", False: "same", None: "error"}[splits[rng.DROPOUT]],
             chunk_size=self.chunk_size,
@@ -143,13 +143,13 @@ def _argument_axes(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
 class _Run:
     """One mapped call: the body as a function of flat tensors, and how its results are put together again."""
 
-    def __init__(self, packed: Packed, groups: Groups, out_axes: Any, size: int):
-        self.packed, self.groups, self.out_axes, self.size = packed, groups, out_axes, size
+    def __init__(self, packed: Packed, groups: Groups, out_axes: Any, size: int, axis_name: str | None):
+        self.packed, self.groups, self.out_axes, self.size, self.axis_name = packed, groups, out_axes, size, axis_name
 
-    def one(self, index: Tensor, tensors: Any, leaves: Any, axis_name: str | None = None) -> list[Tensor]:
+    def one(self, index: Tensor, tensors: Any, leaves: Any) -> list[Tensor]:
         """The body at one index. What is static about its results is kept in ``self``: it is the same at each."""
-        with axes.named(axis_name, self.size, index):
-            out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves))
+        self.packed.context["axes"] = axes.and_named(self.axis_name, self.size, index)
+        out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves))
         flat, self.spec = _tree.flatten((out, update.changed, update.sown))
         flat = [torch.as_tensor(x, device=index.device) if type(x) in _NUMBERS else x for x in flat]
         self.meta = update.meta

@@ -1,0 +1,97 @@
+"""Batch normalisation over a mapped axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat
+from torchlift.axes import Names, find, pmean
+from torchlift.errors import TransformTargetError
+
+
+class _SyncBatchNorm(_compat.BatchNorm):
+    """Batch norm whose batch is that of all indices of named axes. Its tensors are those of the layer it replaces."""
+
+    axis_name: Names
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions, got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            mean, var = self.running_mean, self.running_var
+        else:
+            dims = [0, *range(2, input.ndim)]
+            mean = pmean(input.mean(dims), self.axis_name)
+            var = pmean((input - _channels(mean, input)).square().mean(dims), self.axis_name)
+            if self.training and self.running_mean is not None:
+                count = input.numel() // input.shape[1]
+                for axis in find(self.axis_name, "sync_batch_norm"):
+                    count *= axis.size
+                self._update(mean, var * (count / max(count - 1, 1)))
+        out = (input - _channels(mean, input)) * _channels((var + self.eps).rsqrt(), input)
+        if self.affine:
+            out = out * _channels(self.weight, input) + _channels(self.bias, input)
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        self.num_batches_tracked += 1
+        # Not lerp with a Python number: the momentum may be None, for a cumulative average.
+        rate = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+        self.running_mean += rate * (mean.detach() - self.running_mean)
+        self.running_var += rate * (var.detach() - self.running_var)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, axis_name={self.axis_name!r}"
+
+
+def _channels(statistic: Tensor, like: Tensor) -> Tensor:
+    return statistic.view(-1, *[1] * (like.ndim - 2))
+
+
+def sync_batch_norm(module: nn.Module, axis_name: Names) -> nn.Module:
+    """Makes the batch-norm layers of a module take their statistics over a mapped axis too.
+
+    Under ``vmap(..., axis_name=)`` they then compute what batch norm computes on the joined batch, running statistics
+    included: equal at every index, so that ``batch_stats`` may be shared (``None`` in ``variable_axes``). The
+    counterpart of ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, and of the ``axis_name`` of flax's batch norm.
+
+    Args:
+        module: a module; its batch-norm layers are replaced in place, by ones with the same parameters and buffers.
+        axis_name: the ``axis_name`` of a ``vmap`` around the calls, or several.
+
+    Returns:
+        ``module``, or what replaces it if it is a batch-norm layer itself.
+
+    Raises:
+        TransformTargetError: ``module`` is no module, or has lazy batch-norm layers that were not called yet.
+
+    Example:
+        >>> net = torchlift.sync_batch_norm(torch.nn.BatchNorm1d(2), "device")
+        >>> run = torchlift.vmap(lambda m, x: m(x), {"params": None, "batch_stats": None}, axis_name="device")
+        >>> x = torch.randn(4, 8, 2)
+        >>> bool(torch.allclose(run(net, x).flatten(0, 1), torch.nn.BatchNorm1d(2)(x.flatten(0, 1)), atol=1e-5))
+        True
+    """
+    if not isinstance(module, nn.Module):
+        raise TransformTargetError(f"sync_batch_norm: got {module!r}, expected a module that was constructed")
+    new: dict[nn.Module, nn.Module] = {}
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, _compat.BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
+            if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+                raise TransformTargetError(
+                    f"sync_batch_norm: {path or 'the module'} is a {type(layer).__name__} that does not know its size, "
+                    "expected one that was called; call the module once before"
+                )
+            # The very same __dict__: its tensors, hooks and collections stay those that others hold.
+            new[layer] = _SyncBatchNorm.__new__(_SyncBatchNorm)
+            object.__setattr__(new[layer], "__dict__", layer.__dict__)
+            layer.__dict__["axis_name"] = axis_name
+    for owner in module.modules():
+        for key, child in owner.__dict__["_modules"].items():
+            owner.__dict__["_modules"][key] = new.get(child, child)
+    return new.get(module, module)

@@ -1,0 +1,341 @@
+"""Lifted derivatives of functions of a module: vjp, jvp, grad, value_and_grad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat, _tree, axes
+from torchlift.errors import DifferentiationError, VariableNameError
+from torchlift.filters import Filter, check, matches
+from torchlift.lifting import as_tuple
+from torchlift.pack import Packed, Update
+from torchlift.transforms.calls import Call, collected, describe, is_differentiable, unbound, wanted_operands
+from torchlift.variables import ATTRIBUTE
+
+
+# NOTE [A vjp function as a value]. A vjp function holds a graph, whose tensors belong to the torch.func transforms in
+# effect when it was made. It is a dataclass, hence a node of trees, whose tensors are the operands of the call: so
+# custom_vjp can keep it for a backward that runs under other transforms. With other operands than its own the graph
+# is none of theirs; the call then runs again, with the same draws.
+@dataclass(eq=False, repr=False)
+class Pullback:
+    """The second result of :func:`vjp`: from a cotangent of the output to those of variables and inputs."""
+
+    operands: list[Tensor]
+    shared: Any  # _Shared: what does not change when the operands do
+
+    def __call__(self, cotangent: Any) -> tuple[Any, ...]:
+        return self.shared.pull(self.operands, cotangent)
+
+
+class _Shared:
+    def __init__(self, call: Call, filter: Filter, primals: tuple[Any, ...], multi: bool, reduce: tuple[str, ...]):
+        self.call, self.filter, self.multi, self.reduce = call, filter, multi, reduce
+        self.primals_spec = _tree.flatten(primals)[1]
+
+    def linearise(self, operands: Sequence[Tensor], run: Callable[..., Any]) -> tuple[Any, Any, Any]:
+        wanted = [operands[at] for at in self.call.wanted]
+        # torch.func.vjp wants something to differentiate in.
+        some = wanted or [torch.zeros(())]
+        return torch.func.vjp(lambda *some: run(operands, *some[: len(wanted)]), *some, has_aux=True)
+
+    def begin(self) -> tuple[tuple[Tensor, ...], list[Tensor], Pullback]:
+        operands = self.call.operands
+        outs, pull, rest = self.linearise(operands, self.call.run)
+        self.made_for, self.graph = operands, (outs, pull)
+        return outs, rest, Pullback(operands, self)
+
+    def pull(self, operands: Sequence[Tensor], cotangent: Any) -> tuple[Any, ...]:
+        if all(a is b for a, b in zip(operands, self.made_for, strict=True)):
+            outs, pull = self.graph
+        else:
+            outs, pull, _ = self.linearise(operands, self.call.again)
+        found = pull(self.call.like_out("the cotangent", cotangent, outs))
+        cotangents: list[Tensor | None] = [None] * len(operands)
+        for at, value in zip(self.call.wanted, found):
+            cotangents[at] = _reduced(value, operands[at], self.reduce)
+        return self.sorted(cotangents)
+
+    def sorted(self, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+        packed = self.call.packed
+        by_root: list[dict[str, dict[str, Tensor | None]]] = [{} for _ in packed.roots]
+        for entry, cotangent in zip(packed.entries, cotangents):
+            if entry.store != ATTRIBUTE and matches(self.filter, entry.collection):
+                by_root[entry.root].setdefault(entry.collection, {})[entry.name] = cotangent
+        leaves: list[Tensor | None] = [None] * len(packed.leaves)
+        for at, cotangent in zip(packed.tensor_leaves, cotangents[len(packed.entries) :], strict=True):
+            leaves[at] = cotangent
+        return (tuple(by_root) if self.multi else by_root[0], *_tree.unflatten(leaves, self.primals_spec))
+
+
+def _reduced(cotangent: Tensor, primal: Tensor, names: tuple[str, ...]) -> Tensor:
+    """``cotangent``, summed over the named axes whose indices share ``primal``."""
+    return cotangent if not names else axes.psum_of_shared(cotangent, primal, names)
+
+
+def _started(
+    label: str, fn: Callable[..., Any], mdl: nn.Module, primals: tuple[Any, ...], has_aux: bool, reduce_axes: Any,
+    vjp_variables: Filter, variables: Filter, rngs: Filter, multi_scope: bool = False,
+) -> tuple[Any, Any, Update, Pullback, Packed]:  # fmt: skip
+    """The forward half of a reverse-mode derivative, nothing of it published."""
+    check(vjp_variables, f"{label}: vjp_variables")
+    packed = collected(fn, mdl, primals, variables, rngs, label)
+    wanted = wanted_operands(packed, vjp_variables, "vjp_variables", multi_scope)
+    call = Call(packed, has_aux, wanted)
+    shared = _Shared(call, vjp_variables, primals, multi_scope, as_tuple(reduce_axes))
+    outs, rest, pullback = shared.begin()
+    return *call.joined(outs, rest), pullback, packed
+
+
+def vjp(
+    fn: Callable[..., Any],
+    mdl: nn.Module,
+    *primals: Any,
+    has_aux: bool = False,
+    reduce_axes: str | Sequence[str] = (),
+    vjp_variables: Filter = "params",
+    variables: Filter = True,
+    rngs: Filter = True,
+    multi_scope: bool = False,
+) -> Any:
+    """The output of a function of a module, and the function that pulls a cotangent of it back.
+
+    The lifted counterpart of ``torch.func.vjp`` (and of ``flax.linen.vjp``): it differentiates in the module's
+    variables and in the inputs, updates the module's state once, and its results are part of the surrounding graph.
+
+    Args:
+        fn: called as ``fn(mdl, *primals)``; a method of ``mdl`` will do.
+        mdl: the module.
+        *primals: the inputs: trees of tensors. What is no floating-point tensor is passed on, its cotangent is None.
+        has_aux: whether ``fn`` returns a pair, of which only the first is differentiated.
+        reduce_axes: named axes of an enclosing ``vmap``, over which the cotangents of what all indices share are
+            summed.
+        vjp_variables: the collections that get a cotangent.
+        variables: the collections that ``fn`` may change.
+        rngs: the random streams that it may draw from.
+        multi_scope: whether variables of further modules, reached through ``primals``, get cotangents too.
+
+    Returns:
+        ``(out, vjp_fn)``, with ``has_aux`` ``(out, vjp_fn, aux)``. ``vjp_fn(cotangent)`` takes a tree like ``out``,
+        None standing for zeros, and returns ``(variable_cotangents, *input_cotangents)``: ``{collection: {dotted_name:
+        tensor}}`` and a tree like each primal. With ``multi_scope`` the first is a tuple, an entry for each module in
+        the order they are found. It may be called several times, and later.
+
+    Raises:
+        DifferentiationError: a cotangent is not like the output, or a second module has variables in
+            ``vjp_variables``.
+        FunctionTargetError: ``fn`` is a class or a module.
+        ModifyCollectionError: ``fn`` changed a collection outside of ``variables``.
+        RandomnessError: it drew from a stream outside of ``rngs``.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> out, vjp_fn = torchlift.vjp(lambda m, x: m(x), layer, torch.tensor([3.0, 4.0]))
+        >>> variables, x = vjp_fn(torch.ones_like(out))
+        >>> variables["params"]["weight"], bool((x == layer.weight[0]).all())
+        (tensor([[3., 4.]]...), True)
+    """
+    target, label = unbound("vjp", fn, mdl)
+    out, aux, update, pullback, packed = _started(
+        label, target, mdl, primals, has_aux, reduce_axes, vjp_variables, variables, rngs, multi_scope
+    )
+    packed.publish(update)
+    return (out, pullback, aux) if has_aux else (out, pullback)
+
+
+def value_and_grad(
+    fn: Callable[..., Any],
+    mdl: nn.Module,
+    *primals: Any,
+    has_aux: bool = False,
+    reduce_axes: str | Sequence[str] = (),
+    variables: Filter = True,
+    rngs: Filter = True,
+) -> Any:
+    """Differentiates in the inputs only; parameters through :func:`vjp`, or by ordinary ``backward()``.
+
+    The value of a scalar function of a module, and its gradients (the counterpart of ``flax.linen.value_and_grad``).
+
+    Args:
+        fn: called as ``fn(mdl, *primals)``, returns a scalar.
+        mdl: the module.
+        *primals: the inputs; see :func:`vjp`.
+        has_aux: whether ``fn`` returns a pair, of which only the first is differentiated.
+        reduce_axes: see :func:`vjp`.
+        variables: the collections that ``fn`` may change.
+        rngs: the random streams that it may draw from.
+
+    Returns:
+        ``(out, grads)``, with ``has_aux`` ``((out, aux), grads)``. ``grads`` is a tuple, for one primal too.
+
+    Raises:
+        DifferentiationError: ``fn`` returned no scalar.
+        FunctionTargetError: ``fn`` is a class or a module.
+
+    Example:
+        >>> scale = torch.nn.Linear(1, 1, bias=False)
+        >>> loss, (x_grad,) = torchlift.value_and_grad(lambda m, x: m(x).sum(), scale, torch.ones(1))
+        >>> bool(x_grad == scale.weight)
+        True
+    """
+    value, grads = _value_and_grad("value_and_grad", fn, mdl, primals, has_aux, reduce_axes, variables, rngs)
+    return (value if has_aux else value[0]), grads
+
+
+def grad(
+    fn: Callable[..., Any],
+    mdl: nn.Module,
+    *primals: Any,
+    has_aux: bool = False,
+    reduce_axes: str | Sequence[str] = (),
+    variables: Filter = True,
+    rngs: Filter = True,
+) -> Any:
+    """Differentiates in the inputs only; parameters through :func:`vjp`, or by ordinary ``backward()``.
+
+    The gradients of a scalar function of a module (the counterpart of ``flax.linen.grad``).
+
+    Args:
+        fn: called as ``fn(mdl, *primals)``, returns a scalar.
+        mdl: the module.
+        *primals: the inputs; see :func:`vjp`.
+        has_aux: whether ``fn`` returns a pair, of which only the first is differentiated.
+        reduce_axes: see :func:`vjp`.
+        variables: the collections that ``fn`` may change.
+        rngs: the random streams that it may draw from.
+
+    Returns:
+        A tuple of gradients, for one primal too; with ``has_aux`` ``(grads, aux)``.
+
+    Raises:
+        DifferentiationError: ``fn`` returned no scalar.
+        FunctionTargetError: ``fn`` is a class or a module.
+
+    Example:
+        >>> net = torch.nn.Tanh()
+        >>> (x_grad,) = torchlift.grad(lambda m, x: m(x).sum(), net, torch.zeros(3))
+        >>> x_grad
+        tensor([1., 1., 1.])
+    """
+    (_, *aux), grads = _value_and_grad("grad", fn, mdl, primals, has_aux, reduce_axes, variables, rngs)
+    return (grads, aux[0]) if has_aux else grads
+
+
+def _value_and_grad(
+    name: str, fn: Any, mdl: nn.Module, primals: tuple[Any, ...], has_aux: bool, reduce_axes: Any,
+    variables: Filter, rngs: Filter,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
+    target, label = unbound(name, fn, mdl)
+    out, aux, update, pullback, packed = _started(
+        label, target, mdl, primals, has_aux, reduce_axes, False, variables, rngs
+    )
+    if not is_differentiable(out) or out.shape != ():
+        raise DifferentiationError(f"{label}: returned {describe(out)}, expected a scalar, float[]; reduce it in the function")
+    _, *grads = pullback(torch.ones_like(out))
+    packed.publish(update)
+    return (out, aux) if has_aux else (out,), tuple(grads)
+
+
+def jvp(
+    fn: Callable[..., Any],
+    mdl: nn.Module,
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    variable_tangents: Mapping[str, Mapping[str, Tensor]],
+    variables: Filter = True,
+    rngs: Filter = True,
+) -> tuple[Any, Any]:
+    """The output of a function of a module, and its derivative in a direction.
+
+    The lifted counterpart of ``torch.func.jvp`` (and of ``flax.linen.jvp``).
+
+    Args:
+        fn: called as ``fn(mdl, *primals)``; a method of ``mdl`` will do.
+        mdl: the module.
+        primals: a tuple or list of the inputs.
+        tangents: the direction in the inputs: a tree like ``primals``, None standing for zeros.
+        variable_tangents: the direction in the variables, ``{collection: {dotted_name: tensor}}``; zero for what is
+            not there.
+        variables: the collections that ``fn`` may change.
+        rngs: the random streams that it may draw from.
+
+    Returns:
+        ``(out, out_tangents)``, trees of one structure; None is the tangent of what is no floating-point tensor.
+
+    Raises:
+        DifferentiationError: tangents are not like what they belong to.
+        VariableNameError: ``variable_tangents`` names a variable that the module does not have.
+        FunctionTargetError: ``fn`` is a class or a module.
+
+    Example:
+        >>> scale = torch.nn.Linear(1, 1, bias=False)
+        >>> direction = {"params": {"weight": torch.ones(1, 1)}}
+        >>> out, tangent = torchlift.jvp(lambda m, x: m(x), scale, (torch.full((1,), 3.0),), (None,), direction)
+        >>> tangent
+        tensor([3.]...)
+    """
+    target, label = unbound("jvp", fn, mdl)
+    for what, value in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(value, (tuple, list)):
+            raise DifferentiationError(f"{label}: {what} is {describe(value)}, expected a tuple with one for each input")
+    packed = collected(target, mdl, primals, variables, rngs, label)
+    directions = _directions(packed, tuple(primals), tuple(tangents), variable_tangents)
+    call = Call(packed, wanted=sorted(directions))
+    given = tuple(directions[at] for at in call.wanted)
+    at_point = tuple(call.operands[at] for at in call.wanted)
+    if directions:
+        outs, tangents_out, rest = torch.func.jvp(
+            lambda *some: call.run(call.operands, *some), at_point, given, has_aux=True
+        )
+    else:
+        outs, rest = call.run(call.operands)
+        tangents_out = [torch.zeros_like(out) for out in outs]
+    out, _, update = call.joined(outs, rest)
+    leaves: list[Any] = [None] * call.out_leaves
+    for at, tangent in zip(call.out_at, tangents_out):
+        leaves[at] = tangent
+    packed.publish(update)
+    return out, _tree.unflatten(leaves, call.out_spec)
+
+
+def _directions(
+    packed: Packed, primals: tuple[Any, ...], tangents: tuple[Any, ...], variable_tangents: Any
+) -> dict[int, Tensor]:
+    """The tangent of each operand that has one."""
+    found: dict[int, tuple[str, Tensor, Any]] = {}
+    leaves, spec = _tree.flatten(tangents)
+    if spec != _tree.flatten(primals)[1]:
+        raise DifferentiationError(
+            f"{packed.label}: tangents has leaves {_tree.paths(tangents)}, expected those of primals, {_tree.paths(primals)}"
+        )
+    operand = {at: len(packed.entries) + i for i, at in enumerate(packed.tensor_leaves)}
+    for at, (path, tangent) in enumerate(zip(_tree.paths(tangents), leaves, strict=True)):
+        if tangent is not None and (at in operand or isinstance(tangent, Tensor)):
+            found[operand.get(at, -1 - at)] = (f"tangents{path}", tangent, packed.leaves[at])
+    places = {
+        (collection, name): at
+        for at, entry in enumerate(packed.entries)
+        if entry.root == 0 and entry.store != ATTRIBUTE
+        for name, collection in entry.paths
+    }
+    for collection, named in variable_tangents.items():
+        for name, tangent in named.items():
+            if (collection, name) not in places:
+                known = sorted(known for c, known in places if c == collection)
+                raise VariableNameError(
+                    f"{packed.label}: variable_tangents has {name!r} of collection {collection!r}, expected one of "
+                    f"{known or sorted({c for c, _ in places})}"
+                )
+            at = places[collection, name]
+            if tangent is not None:
+                found[at] = (f"the tangent of {name!r} in {collection!r}", tangent, packed.entries[at].tensor)
+    for what, tangent, primal in found.values():
+        if not is_differentiable(primal) or describe(tangent) != describe(primal):
+            expected = describe(primal) if is_differentiable(primal) else f"None, as for any {describe(primal)}"
+            raise DifferentiationError(f"{packed.label}: {what} is {describe(tangent)}, expected {expected}")
+    return {at: tangent for at, (_, tangent, _) in found.items()}
