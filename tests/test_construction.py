@@ -2,14 +2,13 @@
 
 import copy
 import math
-import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measure import Allocations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchlift
 from torchlift import remat_scan, scan, stack_modules, unstack_modules, vmap
@@ -153,31 +152,8 @@ def test_a_constructor_that_fails_leaves_nothing():
         vmap(Fails, variable_axes={"params": 0}, axis_size=2)(2, 2)
 
 
-class Allocations(TorchDispatchMode):
-    """The most bytes that were alive at once, of storages made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in [out] if isinstance(out, torch.Tensor) else []:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return out
-
-    def _freed(self, key, size):
-        self.known.discard(key)
-        self.alive -= size
-
-
-@pytest.mark.parametrize("size", [8])
-def test_peak_memory_is_the_stack_plus_one_layer(size):
+def test_peak_memory_is_the_stack_plus_one_layer():
+    size = 8
     with Allocations() as layer:
         one = nn.Linear(64, 64)
     with Allocations() as seen:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -69,6 +73,20 @@ def compiler_forbidden() -> str | None:
 def saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """The innermost pack and unpack of ``torch.autograd.graph.saved_tensors_hooks``, if any."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+@contextlib.contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """A block in which nothing that autograd saves is given to the hooks around it: a capture is none of theirs."""
+    popped = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        popped.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(popped):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def backward_keeps_graph() -> bool:
@@ -255,10 +273,15 @@ def is_tracing() -> bool:
 
 
 
+def is_recording() -> bool:
+    """Whether operators are being recorded in a graph, by other means than Dynamo."""
+    return not is_compiling() and torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None
+
+
 def functorch_level(tensor: torch.Tensor) -> int:
     """The level of the ``torch.func`` transform that wraps ``tensor``; -1 if none does."""
-    if is_compiling():  # Dynamo knows of no levels; AOTAutograd reports a write that it cannot express
-        return -1
+    if is_compiling():  # Dynamo knows of no levels, only whether a vmap wraps a tensor
+        return 1 if torch._C._functorch.is_batchedtensor(tensor) else -1
     return torch._C._functorch.maybe_get_level(tensor)
 
 
@@ -291,9 +314,35 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def is_tracked(tensor: torch.Tensor) -> bool:
+    """Whether autograd, or a reverse-mode transform of ``torch.func``, may ask for a gradient of ``tensor``."""
+    if is_compiling():  # what wraps a tensor is not known while Dynamo traces
+        return functorch_active() or tensor.requires_grad
+    while is_wrapped(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = unwrapped_once(tensor)
+    return tensor.requires_grad
+
+
+def alive(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without the wrapper of a ``torch.func`` transform that has ended, which another would stumble over."""
+    return tensor if is_compiling() else torch._C._functorch.unwrap_if_dead(tensor)
+
+
 def unwrapped_once(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` without the wrapper of the innermost ``torch.func`` transform around it."""
     return torch._C._functorch.get_unwrapped(tensor)
+
+
+def without_ended(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without the wrappers of ``torch.func`` transforms that have ended.
+
+    Operators look through one such wrapper, but not through two.
+    """
+    while is_wrapped(tensor) and torch._C._functorch.maybe_get_level(tensor) == -2:
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def functorch_depth() -> int:
@@ -388,3 +437,129 @@ def kept_in_graphs(*functions: Callable[..., Any]) -> Callable[[], bool]:
 
     allow._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
     return allow
+
+
+# --- rows of mapped axes ------------------------------------------------------------------------------------------
+
+
+class MappedAxis(NamedTuple):
+    """One ``vmap`` in effect. ``index`` is a tensor that it maps, and no other."""
+
+    level: int
+    size: int
+    randomness: str
+    index: torch.Tensor
+
+
+def levels_of(tensor: torch.Tensor) -> list[int]:
+    """The levels of all ``torch.func`` transforms that wrap ``tensor``, innermost first."""
+    levels = []
+    while is_wrapped(tensor):
+        levels.append(torch._C._functorch.maybe_get_level(tensor))
+        tensor = unwrapped_once(tensor)
+    return levels
+
+
+def mapped_levels(tensor: torch.Tensor) -> list[int]:
+    """Those of :func:`levels_of` that are ``vmap``."""
+    levels = []
+    while is_wrapped(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            levels.append(torch._C._functorch.maybe_get_level(tensor))
+        tensor = unwrapped_once(tensor)
+    return levels
+
+
+def mapped_axes(tensor: torch.Tensor) -> list[MappedAxis]:
+    """Each ``vmap`` that maps ``tensor``, outermost first."""
+    from torch._C._functorch import TransformType, _add_batch_dim
+    from torch._functorch import pyfunctorch
+
+    levels = mapped_levels(tensor)
+    found = []
+    for i in pyfunctorch.retrieve_all_functorch_interpreters():
+        if i.key() == TransformType.Vmap and i.level() in levels:
+            with pyfunctorch.temporarily_clear_interpreter_stack():
+                index = torch.arange(i.batch_size())
+            index = _add_batch_dim(index, 0, i.level())
+            found.append(MappedAxis(i.level(), i.batch_size(), i.randomness(), index))
+    return found
+
+
+
+# --- jit ----------------------------------------------------------------------------------------------------------
+
+
+_compiled_apart = itertools.count()
+
+
+def compile_apart(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` of a copy of ``fn`` with a cache of its own, that has no limit.
+
+    Dynamo keeps what it compiled by code object, stops after eight, and takes a number that differs between functions
+    of one name for an argument that varies. The copy has a code object and a name of its own.
+    """
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_compiled_apart)}")
+    copy = types.FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__, fn.__closure__)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = 1 << 30
+    return torch.compile(copy, **options)
+
+
+def capture_errors() -> tuple[type[BaseException], ...]:
+    """What ``torch.compile(fullgraph=True)`` raises for a body that it cannot capture."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return () if dynamo is None else (dynamo.exc.Unsupported,)
+
+
+def comes_from_the_body(error: BaseException) -> bool:
+    """Whether Dynamo gave up since the body itself raises."""
+    from torch._dynamo.exc import ObservedException
+
+    return isinstance(error.__cause__, ObservedException)
+
+
+def all_equal(stack: torch.Tensor) -> bool:
+    """Whether all slices of ``stack`` along axis 0 are equal; nan equals nan."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(stack):
+        stack = torch._C._functorch.get_unwrapped(stack)
+    return bool(((stack == stack[:1]) | ((stack != stack) & (stack[:1] != stack[:1]))).all())
+
+
+def normal_tensors() -> contextlib.AbstractContextManager[Any]:
+    """A block in which new tensors are no inference tensors."""
+    if not is_compiling() and torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return contextlib.nullcontext()
+
+
+# --- profiling ----------------------------------------------------------------------------------------------------
+
+
+def is_profiling() -> bool:
+    """Whether a profiler runs."""
+    return torch.autograd._profiler_enabled()
+
+
+_spans_before: list[bool] = []
+
+
+def keep_spans() -> bool:
+    """Called while Dynamo traces: it puts the ``record_function`` that it meets next into its graph."""
+    config: Any = sys.modules["torch._dynamo"].config
+    if not _spans_before and hasattr(config, "capture_profiler_record_function"):
+        _spans_before.append(config.capture_profiler_record_function)
+        config.capture_profiler_record_function = True
+    return True
+
+
+def keep_spans_no_more() -> bool:
+    """Undoes :func:`keep_spans`."""
+    while _spans_before:
+        config: Any = sys.modules["torch._dynamo"].config
+        config.capture_profiler_record_function = _spans_before.pop()
+    return True
+
+
+for _function in (keep_spans, keep_spans_no_more):  # Dynamo calls them, rather than trace them
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of
 INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
 INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
+_IDLE = "_torchlift_idle"  # an attribute of hooks that do nothing in a body
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LONG = 64
 
@@ -64,6 +65,17 @@ class Node:
 
     def dotted(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
+
+
+class _Registrar:
+    """NOTE [Rebinding under Dynamo]. ``module.buffer = tensor`` asks whether ``module.register_buffer`` is that of
+    ``nn.Module``; Dynamo takes the method of a module that it made itself for another, and stops at what follows."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.__func__ = module, nn.Module.register_buffer
+
+    def __call__(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        nn.Module.register_buffer(self.module, name, tensor, persistent)
 
 
 class Collected:
@@ -204,10 +216,11 @@ class Collected:
     def has_hooks(self, skip_root: bool) -> bool:
         """Whether any module has hooks, which a captured graph would run once and never again."""
         return any(
-            node.module.__dict__[hooks] and not derived_attributes(node.module)
+            _acts(hook)
             for at, node in enumerate(self.nodes)
             if at or not skip_root
             for hooks in _HOOKS
+            for hook in node.module.__dict__[hooks].values()
         )
 
     @property
@@ -240,6 +253,8 @@ class Collected:
                 else:
                     fields[store][key] = bound[index]
             fields[AT] = (node.root, node.path)
+            if _compat.is_compiling() and type(shadow).register_buffer is nn.Module.register_buffer:
+                fields["register_buffer"] = _Registrar(shadow)
             shadows.append(shadow)
         for node, shadow in zip(self.nodes, shadows, strict=True):
             if node.children:
@@ -332,6 +347,18 @@ def _outermost(candidates: list[nn.Module]) -> nn.Module:
         if not any(candidate is not other and candidate in list(other.modules()) for other in candidates):
             return candidate
     return candidates[0]
+
+
+def idle_in_bodies(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a hook that does nothing in a body."""
+    hook.__dict__[_IDLE] = True
+    return hook
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a hook does more than compute an attribute, which is part of the graph (weight norm, pruning)."""
+    names = (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+    return not any(isinstance(name, str) for name in names) and not hasattr(hook, _IDLE)
 
 
 def derived_attributes(module: nn.Module) -> tuple[str, ...]:

@@ -35,6 +35,10 @@ class FilterError(TorchliftError, TypeError):
     """A collection filter is not True, False, a name, a collection of names, or a ``DenyList``."""
 
 
+class ArgumentError(TorchliftError, ValueError):
+    """An argument of a transform fits no argument of the function, or a call's argument does not fit the transform."""
+
+
 class AxisError(TorchliftError, ValueError):
     """Axes or sizes disagree, are missing, or do not exist."""
 
@@ -55,8 +59,20 @@ class DifferentiationError(TorchliftError, ValueError):
     """What is differentiated is no scalar, or a cotangent or tangent is not like what it belongs to."""
 
 
+class BranchError(TorchliftError, ValueError):
+    """The branches of a ``cond`` or ``switch`` return different things, or cannot be chosen between."""
+
+
 class ModifyCollectionError(TorchliftError, RuntimeError):
     """A body changed a variable of a collection that is read-only there."""
+
+
+class MetadataError(TorchliftError, ValueError):
+    """Axis metadata does not fit its parameter, or a transform has no name for the axis it adds."""
+
+
+class DonatedTensorError(TorchliftError, RuntimeError):
+    """A tensor that was donated to a ``jit`` call was used again, or may not be donated."""
 
 
 class PublishError(TorchliftError, RuntimeError):

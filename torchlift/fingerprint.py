@@ -9,6 +9,8 @@ stale when an object dies.
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import types
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torchlift.errors import UnsupportedError
 from torchlift.collecting import INTERNALS, SCALARS, Node
 from torchlift.pack import Packed
-from torchlift.variables import AT
+from torchlift.variables import AT, class_of
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, range)
 _DEPTH = 6
@@ -46,7 +48,7 @@ def of_module(module: nn.Module) -> dict[str, Hashable]:
 
 def _of_node(node: Node, skip: Sequence[str]) -> Hashable:
     return (
-        type(node.module),
+        class_of(node.module),
         node.path,
         tuple(node.tensors),
         tuple(node.children),
@@ -106,3 +108,31 @@ def _of_cell(cell: Any, depth: int) -> Hashable:
 def _globals_of(fn: types.FunctionType) -> Hashable:
     known = fn.__globals__
     return tuple((name, known[name]) for name in fn.__code__.co_names if type(known.get(name)) in (bool, int, float, str))
+
+
+def digest(key: Hashable) -> str:
+    """A hash of a key's content, the same in every process that runs the same code."""
+    return hashlib.sha256(_text(key).encode()).hexdigest()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "(" + ",".join(_text(item) for item in value) + ")"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ",".join(sorted(_text(item) for item in value)) + "}"
+    if isinstance(value, types.CodeType):
+        return _text((value.co_code.hex(), value.co_consts, value.co_names, value.co_varnames, value.co_freevars))
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}:{_source(value)}"
+    if isinstance(value, _ATOMS):
+        return f"{type(value).__name__}:{value!r}"
+    # By address, true in this process only: another one compiles anew, which is slow and never wrong.
+    return f"{type(value).__qualname__}@{id(value)}"
+
+
+@functools.lru_cache(maxsize=None)
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # typed in, or generated: what it is made of tells it from others of its name
+        return repr(sorted(map(str, vars(cls))))

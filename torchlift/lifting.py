@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from torchlift import stacking
+from torchlift import _compat, stacking
 from torchlift.errors import TransformTargetError
 from torchlift.collecting import INSIDE
 
@@ -40,10 +40,19 @@ class Transform:
         """How instances of ``base``, lifted, are stacked; None where nothing is."""
         return None
 
+    def members(self, base: type[nn.Module]) -> dict[str, Any]:
+        """What the lifted class has of its own, besides its lifted methods."""
+        how = self.stacking(base)
+        return {} if how is None else stacking.members(base, how)
+
     def label(self, target: Any) -> str:
         """How errors name this use of the transform: ``scan(Block, length=12)``."""
+        if _compat.is_compiling():  # lifted in code that Dynamo traces, which knows neither names nor reprs
+            return self.name
         given = [
-            f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default and f.repr
+            f"{f.name}={value!r}"
+            for f in fields(self)
+            if f.repr and (value := getattr(self, f.name)) != f.default
         ]
         given = [text for text in given if not text.endswith("={}")]
         return f"{self.name}({', '.join([_name_of(target), *given])})"
@@ -138,9 +147,7 @@ def _new_class(
         "__reduce_ex__": _reduce,
         "_torchlift_recipe": _Recipe(make, base, arguments, methods),
     }
-    how = transforms[0].stacking(base)
-    if how is not None:
-        namespace.update(stacking.members(base, how))
+    namespace.update(transforms[0].members(base))
     name = f"{transforms[0].name.title().replace('_', '')}{base.__name__}"
     cls = types.new_class(name, (base,), exec_body=lambda body: body.update(namespace))
     for method, transform in per_method.items():

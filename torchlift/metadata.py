@@ -172,14 +172,24 @@ def removed(
 
 
 def without_axis(
-    modules: Sequence[nn.Module], place: Callable[[nn.Module, str], int | None], params: Mapping[Any, Any]
+    packed: Any, axes: Sequence[int | None], params: Mapping[Any, Any], missing: int = 0
 ) -> dict[tuple[int, str], Any]:
-    """The metadata that a body sees, which does not know of the axis: plain attributes for ``Packed.pure``."""
-    return {
-        (at, METADATA): _changed(module, place, "remove_axis", params, 1)
-        for at, module in enumerate(modules)
-        if METADATA in module.__dict__
-    }
+    """The metadata that a body sees, which does not know of the axis: plain attributes for ``packed.pure``.
+
+    ``axes`` has the axis of each entry, whose tensors have it too, unless it is ``missing`` from them. Without
+    ``params`` the metadata stays as it is.
+    """
+    found = {}
+    for at, node in enumerate(packed.nodes if params else ()):
+        if METADATA in node.module.__dict__:
+            places = {
+                key: axis if axis is None else axis % (packed.entries[entry].tensor.ndim + missing)
+                for _, key, entry in node.tensors
+                for axis in (axes[entry],)
+            }
+            place = lambda owner, key, places=places: places.get(key)
+            found[at, METADATA] = _changed(node.module, place, "remove_axis", params, 1)
+    return found
 
 
 def _changed(

@@ -63,6 +63,10 @@ class Update(NamedTuple):
     meta: Meta
 
 
+# What torch says when an operator under vmap writes into a tensor that is not mapped.
+WRITES_SHARED = ("vmap: inplace arithmetic", "which will be updated in place, were not batched", "vmap: aten::")
+
+
 def _how_to_split(stream: str) -> str:
     return (
         f"the transform was not told how to treat it: add split_rngs={{{stream!r}: True}} for fresh draws at every "
@@ -82,6 +86,7 @@ class Packed(Collected):
         super().__init__(module, args, kwargs, label)
         self.fn, self.inside = fn, inside
         self.nested = AT in module.__dict__  # bound in an outer body: state is published there with its graph
+        self.transformed = not self.nested and not _compat.is_compiling() and _compat.functorch_active()
         self.context = {"captures": context.captures, "axes": context.axes}
         self.refused: tuple[tuple[str, str], ...] = context.refused
         self.writable = [False] * len(self.entries)
@@ -137,9 +142,11 @@ class Packed(Collected):
         # grad. A parameter is bound as it is: twice the memory of a model is too much for a write that is an error in
         # torch, outside of no_grad, and right there.
         bound = list(tensors)
-        for index in self.buffers:
-            # Contiguous: the vmap rule of batch_norm writes into a copy, and loses it, where a batch axis is not in front.
-            bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
+        # Not as inference tensors: no one counts the writes into those.
+        with _compat.normal_tensors():
+            for index in self.buffers:
+                # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
+                bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
         versions = {index: _compat.version(bound[index]) for index in self.buffers}
         shadows = self.shadows(bound, self.hidden, self.inside)
         for (at, key), value in (attributes or {}).items():
@@ -149,8 +156,12 @@ class Packed(Collected):
         frames = self.context["captures"]
         frame = Capture(_AnyOf(frames))
         drawn = self._draws_refused()
-        with entered(captures=(frame,) if frames else (), axes=self.context["axes"], refused=self.refused):
-            out = self.fn(shadows[0], *args, **kwargs)
+        try:
+            with entered(captures=(frame,) if frames else (), axes=self.context["axes"], refused=self.refused):
+                out = self.fn(shadows[0], *args, **kwargs)
+        except RuntimeError as error:
+            self._explain_write(error)
+            raise
         if drawn is not None and rng.drew(drawn):
             rng.restore_defaults(drawn)
             raise RandomnessError(dict(self.refused)[rng.DROPOUT])
@@ -272,6 +283,17 @@ class Packed(Collected):
                 )
 
     # Publish ---------------------------------------------------------------------------------------------------------
+
+    def _explain_write(self, error: RuntimeError) -> None:
+        """batch_norm refuses to write statistics that lack the axis of an outer ``vmap``, before publish can."""
+        if self.transformed and any(part in str(error) for part in WRITES_SHARED):
+            if self.buffers and all(self.writable[index] for index in self.buffers):
+                names = sorted({self.entries[index].collection for index in self.buffers})
+                raise PublishError(
+                    f"{self.label}: a variable of {names} was written under an outer torch.func.vmap without having its "
+                    "axis; give it one, and take the new state as an output: torchlift.apply(module, "
+                    f"{{{names[0]!r}: {{name: tensor}}}}, ..., mutable={names})"
+                ) from error
 
     def publish(self, update: Update) -> None:
         """Writes new state into the real modules as the body did, and sows what was sown.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint
 from torchlift.engine.loop import Body
-from torchlift.engine.run import run
+from torchlift.engine.opaque import opaque_run
+from torchlift.engine.run import Report, record, run
 from torchlift.errors import CarryError, LayerMismatchError, TorchliftCompileWarning, TransformTargetError, warn
 from torchlift.pack import Meta, Packed, Update
-from torchlift.variables import own_tensors
+from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
+from torchlift.variables import class_of, own_tensors
 
 
 class ScanLayers(nn.ModuleList):
@@ -50,6 +53,8 @@ class ScanLayers(nn.ModuleList):
             return x
         call = _Call(self, x, args, kwargs)
         if call.why_plain is not None:
+            if not _compat.is_compiling():
+                record(Report(self.label, "plain", call.why_plain))
             return call.plain()
         return call.run()
 
@@ -67,11 +72,8 @@ class _Call:
     @property
     def why_plain(self) -> str | None:
         """Why the layers must be called one by one in Python; None if they need not."""
-        layers = self.layers
-        if layers.compile_options is False and not self.remat:
-            return "compile=False"
-        if _compat.is_compiling() and not self.remat:
-            return "inside torch.compile"
+        if _compat.is_compiling() and self.packed[0].nested:
+            return "inside another transform inside torch.compile"
         if any(packed.has_hooks(skip_root=False) for packed in self.packed):
             return "a layer has hooks"
         if self._shares_state():
@@ -113,22 +115,31 @@ class _Call:
             (packed.snapshot(), [packed.nodes[at].module.__dict__[key] for at, key in self.attributes])
             for packed in self.packed
         ]
-        keys = [fingerprint.of_packed(packed, layers.scanned_attributes) for packed in self.packed]
-        if any(key != keys[0] for key in keys):
-            layers.check()
+        options = {"unroll": layers.unroll, "remat": self.remat, "lengths": layers.lengths, "every": layers.every}
+        consts = [constant(leaf) for leaf in first.leaves[len(self.carry) :]]
         try:
-            carry, ys = run(
-                Body(self.body, keys[0], layers.label), consts, self.carry, xs, len(xs), unroll=layers.unroll,
-                remat=self.remat, lengths=layers.lengths, every=layers.every, compile=layers.compile_options,
-            )  # fmt: skip
+            if _compat.is_compiling():
+                key = _register(layers, skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
+                carry, ys = opaque_run(key, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options)
+            else:
+                body = Body(self.body, self.key(), layers.label)
+                carry, ys = run(body, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options)
         except CarryError as error:
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             return self.plain()
+        ys = [(*y[:3], results[y[3]] if isinstance(y[3], str) else y[3]) for y in ys]
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
         x = _tree.unflatten(carry, self.carry_spec)
         return x if static.extras is None else (x, *_tree.unflatten(extras, static.extras))
+
+    def key(self) -> Hashable:
+        """What the compiled body depends on; all layers agree in it, or are refused."""
+        keys = [fingerprint.of_packed(packed, self.layers.scanned_attributes) for packed in self.packed]
+        if any(key != keys[0] for key in keys):
+            self.layers.check()
+        return keys[0]
 
     def body(self, consts: Any, carry: Any, x: Any) -> Any:
         """One layer, with the tensors and scanned attributes in ``x``."""
@@ -143,11 +154,24 @@ class _Call:
         flat, extras_spec = ([], None) if extras is None else _tree.flatten(extras)
         sown, sown_spec = _tree.flatten(update.sown)
         changed = update.changed if first.nested else [value.detach() for value in update.changed]
-        return new, (flat, changed, sown, _Static(extras_spec, sown_spec, update.meta))
+        return new, (flat, changed, sown, token(_Static(extras_spec, sown_spec, update.meta)))
 
 
 def _call_layer(layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
     return layer(x, *args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+def _register(layers: ScanLayers, x: Any, args: Any, kwargs: Any) -> str:
+    """Called while Dynamo traces, with the real layers: the key of their body in a graph around it."""
+
+    def make(layers: nn.Module) -> _Call:
+        call = _Call(layers, fleshed(x), fleshed(args), fleshed(kwargs))
+        call.attributes = _attributes(call.packed[0], layers.scanned_attributes)
+        return call
+
+    key = fingerprint.digest((make(layers).key(), layers.policy))
+    return register(key, layers, lambda layers: Body(make(layers).body, key, layers.label), layers.policy)
 
 
 @dataclass(frozen=True)
@@ -178,7 +202,7 @@ def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> s
     for path, module in modules.items():
         other = others[path]
         where = f"{path}." if path else ""
-        if type(other) is not type(module):
+        if class_of(other) is not class_of(module):
             return f"{path or 'the layer'} is a {type(other).__name__} != {type(module).__name__}"
         tensors = {key: (store, tensor) for store, key, tensor in own_tensors(module)}
         found = {key: (store, tensor) for store, key, tensor in own_tensors(other)}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, metadata, rng
+from torchlift.collecting import idle_in_bodies
 from torchlift.errors import AxisError, LayerMismatchError, StackedModuleError
 from torchlift.groups import Groups
-from torchlift.variables import AT, collection_of, own_tensors
+from torchlift.variables import AT, class_of, collection_of, own_tensors
 
 _PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
 
@@ -162,6 +163,12 @@ def _replace_in_lists(module: nn.Module, stacks: dict[Tensor, Tensor]) -> None:
                 value[:] = [stacks.get(item, item) if isinstance(item, Tensor) else item for item in value]
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """A deep copy. Derived attributes (weight norm) are no leaves, which deepcopy refuses to copy."""
+    attributes = [value for owner in module.modules() for value in owner.__dict__.values()]
+    return copy.deepcopy(module, {id(v): v for v in attributes if isinstance(v, Tensor) and not v.is_leaf})
+
+
 # Take apart ----------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +237,7 @@ def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
 
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         if how.sizes is None:
-            _postpone(self, base, args, kwargs)
+            _postpone(self, base, args, kwargs, how)
         else:
             fill(self, _built(base, args, kwargs, how), how.sizes, how)
 
@@ -246,7 +253,7 @@ def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
         if math.prod(sizes) != len(given) or not given:
             raise AxisError(f"{how.label}: got {len(given)} modules, expected {math.prod(sizes) or 'at least one'}")
         stack = cls.__new__(cls)
-        fill(stack, iter([copy.deepcopy(given[0]), *given[1:]]), sizes, how)
+        fill(stack, iter([_copied(given[0]), *given[1:]]), sizes, how)
         return stack
 
     def to_modules(self: nn.Module) -> list[nn.Module]:
@@ -303,13 +310,14 @@ def _built(base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> Iter
 # Size not known yet --------------------------------------------------------------------------------------------------
 
 
-def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any) -> None:
+def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> None:
     """NOTE [Lazy size]. As torch's lazy modules: the parameters exist, uninitialised, so that an optimizer may hold
     them; the first call or ``load_state_dict`` tells the size, and then each index is built."""
     before = rng.default_states()
     one = base(*args, **kwargs)
     rng.restore_defaults(before)  # it is there for its names only: the stack's own construction draws
     object.__setattr__(stack, "__dict__", one.__dict__)
+    how.change_metadata(metadata.added, one)
     for _, owner, store, key, tensor in list(_located(one)):
         if isinstance(tensor, nn.Parameter):
             lazy: Any = nn.UninitializedParameter(tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
@@ -370,18 +378,19 @@ def stack_modules(modules: Iterable[nn.Module], axis: int = 0) -> nn.Module:
     if not given:
         raise AxisError(f"{label}: got no modules, expected at least one")
     for index, module in enumerate(given):
-        if type(module) is not type(given[0]):
+        if class_of(module) is not class_of(given[0]):
             raise LayerMismatchError(
                 f"{label}: module {index} is a {type(module).__name__}, expected a {type(given[0]).__name__}"
             )
     stack = copy.copy(given[0])
     how = Stacking(Groups(label, {True: axis}), (len(given),))
-    fill(stack, iter([copy.deepcopy(given[0]), *given[1:]]), (len(given),), how)
+    fill(stack, iter([_copied(given[0]), *given[1:]]), (len(given),), how)
     stack.__dict__["_torchlift_stack"] = how
     stack.register_forward_pre_hook(_refuse_call)
     return stack
 
 
+@idle_in_bodies
 def _refuse_call(module: nn.Module, args: Any) -> None:
     if AT not in module.__dict__:
         raise StackedModuleError(

@@ -36,6 +36,11 @@ def assign_collection(module: nn.Module, key: str, collection: str) -> None:
     module.__dict__[COLLECTIONS] = {**module.__dict__.get(COLLECTIONS, {}), key: collection}
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, before ``torch.nn.utils.parametrize`` gave it one of its own."""
+    return type(module).__mro__[1] if "parametrizations" in module.__dict__["_modules"] else type(module)
+
+
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """``(store, key, tensor)`` of a module's own parameters and buffers."""
     for store in ("_parameters", "_buffers"):

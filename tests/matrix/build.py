@@ -13,10 +13,13 @@ from .twins import STATE, Transform, class_with
 SEED = 1
 
 
+def tensors(tree):
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def loss(tree):
     """A number on which every output depends in its own way."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return sum((leaf * torch.arange(1.0, 1.0 + leaf.numel()).view(leaf.shape).sin()).sum() for leaf in leaves)
+    return sum((t * torch.arange(1.0, 1.0 + t.numel()).view(t.shape).sin()).sum() for t in tensors(tree))
 
 
 def arguments(shapes, seed=0, batch=()):
@@ -157,7 +160,7 @@ def gradients(built, args):
 
 
 def outputs(out, state=None):
-    named = {f"out {at}": leaf for at, leaf in enumerate(torch.utils._pytree.tree_leaves(out))}
+    named = {f"out {at}": leaf for at, leaf in enumerate(tensors(out))}
     return named | {f"state {key}": value for key, value in (state or {}).items()}
 
 

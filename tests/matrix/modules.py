@@ -190,12 +190,17 @@ class Transformer(Layer):
 
 @dataclass(frozen=True)
 class Module:
-    """A row of the table. ``stateful``: its variables change in a call; ``draws``: it draws random numbers."""
+    """A row of the table.
+
+    ``stateful``: its variables change in a call. ``draws``: it draws random numbers. ``hooked``: it has hooks, which a
+    captured graph would run once and never again, so that the engine runs the plain loop.
+    """
 
     name: str
     cls: type
     stateful: bool = False
     draws: bool = False
+    hooked: bool = False
     extra: tuple = ()  # parameters that are not the module's
 
 
@@ -208,7 +213,7 @@ MODULES = [
     Module("nested", Nested),
     Module("parametrized", Parametrized),
     Module("weight-norm hook", WeightNorm),
-    Module("with hooks", Hooked),
+    Module("with hooks", Hooked, hooked=True),
     Module("frozen", Frozen),
     Module("custom collections", Collections, stateful=True),
     Module("closure", Closure, extra=(SCALE,)),

@@ -2,31 +2,58 @@
 
 from dataclasses import dataclass
 
+from torchlift.errors import ModifyCollectionError, PublishError
+
 from .build import Cell
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Cells whose names contain one of the given ones, None for all of them."""
+    """Cells that have one of the given names in each column; None stands for all of them."""
 
-    transforms: tuple | None
-    modules: tuple | None
-    forms: tuple | None
-    contexts: tuple | None
     error: type
     match: str
     reason: str
     way: str
+    transforms: tuple | None = None
+    modules: tuple | None = None
+    forms: tuple | None = None
+    contexts: tuple | None = None
 
     def covers(self, cell: Cell):
-        pairs = (
-            (self.transforms, cell.transform.name), (self.modules, cell.module.name),
-            (self.forms, cell.form), (self.contexts, cell.context),
-        )  # fmt: skip
-        return all(names is None or name in names for names, name in pairs)
+        columns = (self.transforms, self.modules, self.forms, self.contexts)
+        names = (cell.transform.name, cell.module.name, cell.form, cell.context)
+        return all(told is None or name in told for told, name in zip(columns, names, strict=True))
 
 
-REFUSALS = []
+STATEFUL = ("batch-norm", "custom collections")
+
+REFUSALS = [
+    Refusal(
+        ModifyCollectionError,
+        "give it(s collection)? an axis: variable_axes=",
+        "the indices of a `vmap` have no order, so there is no last value of a variable that all of them share and change",
+        "give the state an axis of its own, `variable_axes={'params': None, True: 0}`",
+        transforms=("vmap (shared params)",),
+        modules=STATEFUL,
+    ),
+    Refusal(
+        RuntimeError,
+        "Batching rule not implemented for aten::lstm_cell",
+        "torch has no batching rule for `nn.LSTMCell`, which `torch.func.vmap` needs",
+        "map with `torchlift.vmap`, which then runs index by index",
+        modules=("LSTM cell",),
+        contexts=("func.vmap outside", "func.vmap outside, through apply"),
+    ),
+    Refusal(
+        PublishError,
+        r"torchlift.apply\(module, .*mutable=",
+        "under `torch.func.vmap` every row has new state, and a module holds one",
+        "take the new state as an output: `torchlift.apply(module, variables, x, mutable=[...])`",
+        modules=STATEFUL,
+        contexts=("func.vmap outside",),
+    ),
+]
 
 
 def refusal_of(cell):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from torchlift import PARTITION_NAME, add_metadata_axis, axis_names, scan, vmap, with_partitioning
+from torchlift import PARTITION_NAME, add_metadata_axis, axis_metadata, scan, vmap, with_partitioning
 
 from .torch_side import D, N, steps
 
@@ -26,7 +26,7 @@ class Named(nn.Module):
 
 def names_of(module):
     """`{'params/w': 'layers,embed,mlp'}`, as a record has them."""
-    return {f"params/{name}": ",".join(map(str, names)) for name, names in axis_names(module).items()}
+    return {f"params/{name}": ",".join(map(str, found.names)) for name, found in axis_metadata(module).items()}
 
 
 def over(m, x):

@@ -35,8 +35,11 @@ class Closures(TorchFunctionMode):
         operands: Sequence[torch.Tensor] = (),
         *,
         watch: bool = False,
+        outer: Iterable[torch.Tensor] = (),
     ) -> None:
         super().__init__()
+        # The arguments as the caller holds them, wrapped: one that the body meets as such came by a closure.
+        self.outer = {id(tensor) for tensor in outer}
         self.operands = {id(tensor): operand for tensor, operand in zip(foreign, operands)}
         self.watch = watch
         self.given = {id(tensor) for tensor in (*given, *operands)}
@@ -91,6 +94,8 @@ class Closures(TorchFunctionMode):
             return True
         if not _compat.is_wrapped(x):
             return not x.requires_grad
+        if id(x) in self.outer:
+            return False
         while _compat.is_wrapped(x):
             x = _compat.unwrapped_once(x)
             if self.is_known(x):

@@ -18,7 +18,7 @@ from torchlift.engine import capture
 from torchlift.engine.capture import CaptureError, Signature, stride_order
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.loop import Body
-from torchlift.engine.node import Program, tangent_orders
+from torchlift.engine.node import Program, orders_of
 from torchlift.errors import TorchliftError
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
     if isinstance(found, Variant) and not found.closure_likes:
         return found.program, []
     # Fakes and graphs are made outside of the caller's inference mode: its tensors could not be traced.
-    with _lock, torch.inference_mode(False), _compat.dynamo_off():
+    with _lock, torch.inference_mode(False), _compat.dynamo_off(), _compat.without_saved_tensor_hooks():
         found = _exact.get(exact)
         if isinstance(found, str):
             raise CaptureError(found)
@@ -271,11 +271,12 @@ def capture_program(
         graphs = capture.trace(
             fn, seen, a, fakes, train=train, inductor=request.backend.inductor, policy=request.policy
         )
-        orders = tangent_orders(graphs.bw_inputs, graphs.feeds)
+        orders = orders_of(graphs.bw_inputs, graphs.feeds, "tangent")
         saved = _saved_bytes(graphs)
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
-        fw, bw = compile_graphs(graphs, request.backend, inductor)
+        fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes)
+        saved_orders = orders_of(graphs.bw_inputs, graphs.feeds, "saved")
     compilations[request.body.key] += 1
     program = Program(
         fw=fw,
@@ -294,6 +295,7 @@ def capture_program(
         closures=len(closures),
         shapes=kept,
         grads=graphs.grads,
+        saved_orders=saved_orders,
     )
     guards = _compat.guards_of(mode, fakes) if symbolic else None
     likes = [_closure_key(t, request) for t in closures]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchlift import _compat
-from torchlift.engine.capture import Graphs
+from torchlift.engine.capture import Graphs, stride_order
 
 Boxed = Callable[[list[Any]], Any]  # takes a list, which it empties
 
@@ -59,18 +59,27 @@ def surroundings(mode: Any, backend: Backend, random: bool) -> AbstractContextMa
     return _compat.Inductor(mode, options)
 
 
-def compile_graphs(graphs: Graphs, backend: Backend, inductor: Any) -> tuple[Boxed, Boxed | None]:
-    """The forward and the backward of ``graphs``, ready to be called with a list of tensors."""
+def compile_graphs(
+    graphs: Graphs, mode: Any, backend: Backend, inductor: Any, dense: bool
+) -> tuple[Boxed, Boxed | None]:
+    """The forward and the backward of ``graphs``, ready to be called with a list of tensors.
+
+    With ``dense`` backward takes saved values that were copied: without gaps, their dimensions in the order they had.
+    """
     if inductor is None:
         build = _runner(backend.name)
         with torch.no_grad():
             fw = build(graphs.fw, graphs.fw_inputs)
+            if dense:
+                _make_dense(graphs, mode)
             return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
     fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None)
     if graphs.bw is None:
         return fw, None
     if strides is not None:
         _restride(graphs, strides)
+    if dense:
+        _make_dense(graphs, mode)
     return fw, inductor.backward(graphs.bw, graphs.bw_inputs)
 
 
@@ -87,6 +96,16 @@ def _restride(graphs: Graphs, strides: list[Any]) -> None:
         wanted = tuple(int(s) for s in stride)
         if value.stride() != wanted:
             graphs.bw_inputs[at] = value.as_strided(value.size(), wanted)
+
+
+def _make_dense(graphs: Graphs, mode: Any) -> None:
+    with mode:
+        for at, (kind, _) in enumerate(graphs.feeds):
+            value = graphs.bw_inputs[at]
+            if kind == "saved" and isinstance(value, torch.Tensor):
+                order = stride_order(value)
+                back = sorted(range(len(order)), key=order.__getitem__)
+                graphs.bw_inputs[at] = value.new_empty([value.size(d) for d in order]).permute(back)
 
 
 def _runner(name: Any) -> Callable[[torch.fx.GraphModule, list[Any]], Boxed]:

@@ -38,6 +38,7 @@ class Program:
     closures: int = 0
     shapes: torch.fx.GraphModule | None = None  # the forward, to infer shapes with
     grads: list[bool] = field(default_factory=list)  # per input: whether backward gives it a gradient
+    saved_orders: dict[int, list[int]] = field(default_factory=dict)  # per saved tensor: its dimensions in memory
 
     def __post_init__(self) -> None:
         self.outputs = self.carries + sum(y.tensors for y in self.ys)
@@ -378,9 +379,10 @@ def _recompute(run: _Execution, into: _Gradients, level: int, mark: _Mark, hi: i
         _recompute(run, into, level + 1, piece, min(piece.at + size, hi))
 
 
-def tangent_orders(bw_inputs: list[Any], feeds: list[tuple[str, int]]) -> dict[int, list[int]]:
-    """Per output that gets a gradient: the order of its dimensions in memory."""
-    return {i: stride_order(value) for value, (kind, i) in zip(bw_inputs, feeds) if kind == "tangent"}
+def orders_of(bw_inputs: list[Any], feeds: list[tuple[str, int]], wanted: str) -> dict[int, list[int]]:
+    """Per saved value, or per output that gets a gradient: the order of its dimensions in memory."""
+    pairs = [(value, i) for value, (kind, i) in zip(bw_inputs, feeds) if kind == wanted]
+    return {i: stride_order(value) for value, i in pairs if isinstance(value, torch.Tensor)}
 
 
 class Loop(torch.autograd.Function):

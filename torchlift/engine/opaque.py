@@ -344,7 +344,7 @@ def _no_double_backward(*tensors: torch.Tensor) -> Any:
 
 def _blank(meta: _Meta) -> torch.Tensor:
     size, order, dtype, device, _, _ = meta
-    back = sorted(range(len(order)), key=order.__getitem__)
+    back = _inverse(order)
     return torch.empty([size[d] for d in order], dtype=dtype, device=device).permute(back)
 
 
@@ -399,7 +399,7 @@ def _laid_out(handle: _Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor
     fitted = []
     for t, order in zip(tensors, handle.orders):
         if not t.permute(order).is_contiguous():
-            t = t.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+            t = t.permute(order).contiguous().permute(_inverse(order))
         fitted.append(t)
     return fitted
 
@@ -407,10 +407,14 @@ def _laid_out(handle: _Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor
 def _forward(tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
     handle = _handles[name]
     outs, kept, _ = run_forward(handle.plan, _laid_out(handle, tensors))
-    return outs + _stacked_residuals(kept) if handle.spec.train else outs
+    return outs + _stacked_residuals(handle.program, kept) if handle.spec.train else outs
 
 
-def _stacked_residuals(kept: Residuals) -> list[torch.Tensor]:
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _stacked_residuals(program: Program, kept: Residuals) -> list[torch.Tensor]:
     """Residuals as few tensors: carries of all pieces but the first, saved values, ints, states of generators."""
     pieces = [piece for piece in kept.pieces if piece is not None]
     columns: list[torch.Tensor] = []
@@ -419,7 +423,8 @@ def _stacked_residuals(kept: Residuals) -> list[torch.Tensor]:
     width = len(pieces[0][1])
     for i in range(width):
         if isinstance(pieces[0][1][i], torch.Tensor):
-            columns.append(torch.stack([saved[i] for _, saved, _ in pieces]))
+            order = program.saved_orders[i]
+            columns.append(torch.stack([saved[i].permute(order) for _, saved, _ in pieces]))
             for _, saved, _ in pieces:
                 saved[i] = None
         else:
@@ -438,7 +443,10 @@ def _unstacked_residuals(handle: _Handle, columns: list[torch.Tensor]) -> Residu
     rows = list(zip(*(column.unbind(0) for column in columns[:at]))) if at else [()] * (count - 1)
     end = len(columns) - len(handle.state_sizes)
     ints = {i for i, flag in enumerate(_int_flags(program)) if flag}
-    saved = [c.tolist() if i in ints else c.unbind(0) for i, c in enumerate(columns[at:end])]
+    saved = [
+        c.tolist() if i in ints else [t.permute(_inverse(program.saved_orders[i])) for t in c.unbind(0)]
+        for i, c in enumerate(columns[at:end])
+    ]
     states = [column.unbind(0) for column in columns[end:]]
     kept = Residuals(honour_hooks=False)
     for i in range(count):
@@ -511,9 +519,11 @@ def _fake_forward(tensors: list[torch.Tensor], name: str, site: int) -> list[tor
         kept = range(h) if plan.pieces else program.kept_carries
         found += [many(count - 1, carry[i]) for i in kept]
     if not plan.pieces:
-        for value in outs[program.outputs :]:
-            is_tensor = isinstance(value, torch.Tensor)
-            found.append(many(count, value) if is_tensor else torch.empty(count, dtype=torch.int64))
+        for i, value in enumerate(outs[program.outputs :]):
+            if isinstance(value, torch.Tensor):
+                found.append(many(count, value.permute(program.saved_orders[i])))
+            else:
+                found.append(torch.empty(count, dtype=torch.int64))
     found += [torch.empty((count, n), dtype=torch.uint8) for n in handle.state_sizes]
     return found
 

@@ -150,6 +150,7 @@ class _Region:
         self.cache_casts = torch.is_autocast_cache_enabled()
         self.hooks = True
         self.watch = True
+        self.outer: list[torch.Tensor] = []  # the arguments as the caller holds them, where they are wrapped
         self.foreign: list[torch.Tensor] = []  # closure tensors that were made operands
         self.out_spec: Any = None
         self.out_static: list[Any] = []
@@ -169,7 +170,7 @@ class _Region:
     def first(self, *operands: torch.Tensor) -> Tensors:
         """The forward of :class:`_Remat`: without graph, outside of the transforms around the call."""
         tensors, rest = operands[: len(self.at)], operands[len(self.at) :]
-        with Closures(tensors, self.foreign, rest, watch=self.watch) as closures:
+        with Closures(tensors, self.foreign, rest, watch=self.watch, outer=self.outer) as closures:
             return self.split(pytree.tree_map(closures.returned, self.call(tensors)))
 
     def again(self, *operands: torch.Tensor) -> Tensors:
@@ -223,6 +224,7 @@ class _Region:
         marker = _compat.batched_marker()
         markers = () if marker is None else (marker,)
         call = _Call(self, self.first, self.again, self.hooked)
+        self.outer = [tensor for tensor in tensors if _compat.is_wrapped(tensor)]
         try:
             return _apply(call, *tensors, *markers)
         except ForeignTensor:
@@ -231,10 +233,14 @@ class _Region:
             # A transform in the body that is given such a tensor trips over it before an operator does.
             if "INTERNAL ASSERT FAILED" not in str(error) or not self.watch:
                 raise
+        finally:
+            self.outer = []
         self.watch = False
         write_states(self.draws)
         with torch.no_grad(), inline_remat(), _Recomputing():
-            self.foreign = find_closures(self.name, self.fn, self.call, tensors)
+            # Aliases, so that an argument that the body also meets by a closure is told apart.
+            given = [tensor.view_as(tensor) for tensor in tensors]
+            self.foreign = find_closures(self.name, self.fn, self.call, given)
         write_states(self.draws)
         return _apply(call, *tensors, *self.foreign, *markers)
 
@@ -378,7 +384,7 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        operands = ctx.saved_tensors
+        operands = tuple(_compat.without_ended(t) for t in ctx.saved_tensors)
         gradients: list[torch.Tensor | None] = [None] * len(operands)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         present = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]

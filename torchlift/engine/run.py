@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,24 @@ class _Options:
 
 _local = threading.local()
 _warned: set[Hashable] = set()
+
+
+@contextmanager
+def listen() -> Iterator[list[Report]]:
+    """Collects the reports of all loops that this thread runs in the block."""
+    before = getattr(_local, "reports", None)
+    _local.reports = []
+    try:
+        yield _local.reports
+    finally:
+        _local.reports = before
+
+
+def record(report: Report) -> None:
+    """Notes how a loop ran, for :func:`last_report` and those who listen."""
+    _local.report = report
+    if getattr(_local, "reports", None) is not None:
+        _local.reports.append(report)
 
 
 def last_report() -> Report | None:
@@ -101,7 +120,7 @@ def run(
             return _compiled_run(body, consts, carry, xs, length, options, Backend.of(compile))
         except CaptureError as error:
             reason, warn = str(error), True
-    _local.report = Report(body.name, "plain", reason)
+    record(Report(body.name, "plain", reason))
     out = _plain(body, consts, carry, xs, length, options)
     # After the loop, so that an error of the body comes alone.
     if warn and body.key not in _warned:
@@ -281,7 +300,7 @@ def _pieces(o: _Options) -> tuple[int, ...]:
 
 def _report(job: _Job, program: Program, nodes: int) -> None:
     saved = 0 if _pieces(job.options) else program.saved_bytes // program.steps
-    _local.report = Report(
+    report = Report(
         job.body.name,
         "compiled",
         None,
@@ -291,6 +310,7 @@ def _report(job: _Job, program: Program, nodes: int) -> None:
         program.recomputed // program.steps,
         program.random,
     )
+    record(report)
 
 
 def _run_list(job: _Job, xs: list[Tree], length: int) -> tuple[Tree, Xs]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +19,9 @@ _classes = types.ModuleType("torchlift.engine.structure.classes")
 
 @torch.compiler.assume_constant_result
 def _name_of(cls: type) -> str:
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    while getattr(_classes, name, cls) is not cls:  # another class of that name, made by a function
-        name += "'"
+    name = re.sub(r"\W", "_", f"{cls.__module__}_{cls.__qualname__}")
+    while getattr(_classes, name, cls) is not cls:  # another class of that name
+        name += "_"
     setattr(_classes, name, cls)
     return name
 

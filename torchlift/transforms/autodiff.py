@@ -10,11 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, axes
-from torchlift.errors import DifferentiationError, VariableNameError
+from torchlift.errors import DifferentiationError, UnsupportedError, VariableNameError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import as_tuple
 from torchlift.pack import Packed, Update
-from torchlift.transforms.calls import Call, collected, describe, is_differentiable, unbound, wanted_operands
+from torchlift.transforms.calls import (
+    Call,
+    Form,
+    Graph,
+    Rerun,
+    collected,
+    describe,
+    is_differentiable,
+    unbound,
+    wanted_operands,
+)
 from torchlift.variables import ATTRIBUTE
 
 
@@ -27,45 +37,54 @@ class Pullback:
     """The second result of :func:`vjp`: from a cotangent of the output to those of variables and inputs."""
 
     operands: list[Tensor]
-    shared: Any  # _Shared: what does not change when the operands do
+    how: _How
+    graph: _Graph | None
 
     def __call__(self, cotangent: Any) -> tuple[Any, ...]:
-        return self.shared.pull(self.operands, cotangent)
+        how, graph = self.how, self.graph
+        if graph is None or any(a is not b for a, b in zip(self.operands, graph.operands, strict=True)):
+            graph, _ = _linearised(how.call, self.operands, how.call.again)
+        cotangents: list[Tensor | None] = [None] * len(self.operands)
+        for at, found in zip(how.call.wanted, graph.pull(graph.form.cotangents(cotangent, graph.outs))):
+            cotangents[at] = _reduced(found, self.operands[at], how.reduce_axes, how.call.packed.label)
+        return how.sorted(cotangents)
 
 
-class _Shared:
-    def __init__(self, call: Call, filter: Filter, primals: tuple[Any, ...], multi: bool, reduce: tuple[str, ...]):
-        self.call, self.filter, self.multi, self.reduce = call, filter, multi, reduce
+class _Graph(Graph):
+    """A run of a call at ``operands``, and torch's function that pulls cotangents of ``outs`` back."""
+
+    def __init__(self, operands: list[Tensor], outs: tuple[Tensor, ...], pull: Callable[..., Any], form: Form):
+        self.operands, self.outs, self.pull, self.form = operands, outs, pull, form
+
+
+def _linearised(call: Call, operands: list[Tensor], run: Callable[..., Form]) -> tuple[_Graph, list[Tensor]]:
+    forms = []
+
+    def fn(*some: Tensor) -> Any:
+        forms.append(run(operands, some[: len(call.wanted)]))
+        return forms[0].take()
+
+    # torch.func.vjp wants something to differentiate in.
+    some = [operands[at] for at in call.wanted] or [torch.zeros(())]
+    outs, pull, rest = torch.func.vjp(fn, *some, has_aux=True)
+    return _Graph(operands, outs, pull, forms[0]), rest
+
+
+class _How(Rerun):
+    """What a vjp function knows besides tensors."""
+
+    def __init__(
+        self, call: Call, primals: tuple[Any, ...], vjp_variables: Filter, multi: bool, reduce_axes: tuple[str, ...]
+    ):
+        self.call, self.vjp_variables, self.multi, self.reduce_axes = call, vjp_variables, multi, reduce_axes
         self.primals_spec = _tree.flatten(primals)[1]
 
-    def linearise(self, operands: Sequence[Tensor], run: Callable[..., Any]) -> tuple[Any, Any, Any]:
-        wanted = [operands[at] for at in self.call.wanted]
-        # torch.func.vjp wants something to differentiate in.
-        some = wanted or [torch.zeros(())]
-        return torch.func.vjp(lambda *some: run(operands, *some[: len(wanted)]), *some, has_aux=True)
-
-    def begin(self) -> tuple[tuple[Tensor, ...], list[Tensor], Pullback]:
-        operands = self.call.operands
-        outs, pull, rest = self.linearise(operands, self.call.run)
-        self.made_for, self.graph = operands, (outs, pull)
-        return outs, rest, Pullback(operands, self)
-
-    def pull(self, operands: Sequence[Tensor], cotangent: Any) -> tuple[Any, ...]:
-        if all(a is b for a, b in zip(operands, self.made_for, strict=True)):
-            outs, pull = self.graph
-        else:
-            outs, pull, _ = self.linearise(operands, self.call.again)
-        found = pull(self.call.like_out("the cotangent", cotangent, outs))
-        cotangents: list[Tensor | None] = [None] * len(operands)
-        for at, value in zip(self.call.wanted, found):
-            cotangents[at] = _reduced(value, operands[at], self.reduce)
-        return self.sorted(cotangents)
-
     def sorted(self, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+        """The cotangents of operands, as variables and inputs are arranged."""
         packed = self.call.packed
         by_root: list[dict[str, dict[str, Tensor | None]]] = [{} for _ in packed.roots]
         for entry, cotangent in zip(packed.entries, cotangents):
-            if entry.store != ATTRIBUTE and matches(self.filter, entry.collection):
+            if entry.store != ATTRIBUTE and matches(self.vjp_variables, entry.collection):
                 by_root[entry.root].setdefault(entry.collection, {})[entry.name] = cotangent
         leaves: list[Tensor | None] = [None] * len(packed.leaves)
         for at, cotangent in zip(packed.tensor_leaves, cotangents[len(packed.entries) :], strict=True):
@@ -73,9 +92,53 @@ class _Shared:
         return (tuple(by_root) if self.multi else by_root[0], *_tree.unflatten(leaves, self.primals_spec))
 
 
-def _reduced(cotangent: Tensor, primal: Tensor, names: tuple[str, ...]) -> Tensor:
+# NOTE [reduce_axes]. What all indices of a map share has a cotangent at each index, and they add up; what is mapped has
+# its own. Which is which a vmap rule is told, as in the collectives of torchlift.axes.
+class _SumOfShared(torch.autograd.Function):
+    @staticmethod
+    def forward(cotangent: Tensor, primal: Tensor, index: Tensor, size: int) -> Tensor:
+        raise UnsupportedError(
+            "vjp(reduce_axes=): the vjp function was called outside of the vmap that names the axis; call it in the body"
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *tensors, ctx.size = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return _sum_of_shared(cotangent, *ctx.saved_tensors, ctx.size), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _sum_of_shared(tangent, *ctx.saved_tensors, ctx.size)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], cotangent: Tensor, *rest: Any) -> tuple[Tensor, int | None]:
+        dim, primal_dim, index_dim, _ = in_dims
+        if index_dim is None:  # another map than the one that is meant
+            return _sum_of_shared(cotangent, *rest), dim
+        if primal_dim is not None:
+            return cotangent.clone(), dim
+        return (cotangent * info.batch_size if dim is None else cotangent.sum(dim)), None
+
+
+def _sum_of_shared(cotangent: Tensor, primal: Tensor, index: Tensor, size: int) -> Tensor:
+    return _SumOfShared.apply(cotangent, primal, index, size)
+
+
+_allow = _compat.kept_in_graphs(_sum_of_shared)
+
+
+def _reduced(cotangent: Tensor, primal: Tensor, names: tuple[str, ...], label: str) -> Tensor:
     """``cotangent``, summed over the named axes whose indices share ``primal``."""
-    return cotangent if not names else axes.psum_of_shared(cotangent, primal, names)
+    if names and _compat.is_compiling():
+        _allow()
+    for axis in axes.find(names, f"{label}: reduce_axes"):
+        cotangent = _sum_of_shared(cotangent, primal, axis.index.view_as(axis.index), axis.size)
+    return cotangent
 
 
 def _started(
@@ -83,13 +146,15 @@ def _started(
     vjp_variables: Filter, variables: Filter, rngs: Filter, multi_scope: bool = False,
 ) -> tuple[Any, Any, Update, Pullback, Packed]:  # fmt: skip
     """The forward half of a reverse-mode derivative, nothing of it published."""
+    reduced = as_tuple(reduce_axes)
+    axes.find(reduced, f"{label}: reduce_axes")
     check(vjp_variables, f"{label}: vjp_variables")
     packed = collected(fn, mdl, primals, variables, rngs, label)
     wanted = wanted_operands(packed, vjp_variables, "vjp_variables", multi_scope)
-    call = Call(packed, has_aux, wanted)
-    shared = _Shared(call, vjp_variables, primals, multi_scope, as_tuple(reduce_axes))
-    outs, rest, pullback = shared.begin()
-    return *call.joined(outs, rest), pullback, packed
+    call = Call(packed, wanted, "aux" if has_aux else "")
+    graph, rest = _linearised(call, call.operands, call.run)
+    how = _How(call, primals, vjp_variables, multi_scope, reduced)
+    return *graph.form.joined(graph.outs, rest), Pullback(call.operands, how, graph), packed
 
 
 def vjp(
@@ -235,7 +300,9 @@ def _value_and_grad(
         label, target, mdl, primals, has_aux, reduce_axes, False, variables, rngs
     )
     if not is_differentiable(out) or out.shape != ():
-        raise DifferentiationError(f"{label}: returned {describe(out)}, expected a scalar, float[]; reduce it in the function")
+        raise DifferentiationError(
+            f"{label}: returned {describe(out)}, expected a scalar, float[]; reduce it in the function"
+        )
     _, *grads = pullback(torch.ones_like(out))
     packed.publish(update)
     return (out, aux) if has_aux else (out,), tuple(grads)
@@ -282,25 +349,28 @@ def jvp(
     target, label = unbound("jvp", fn, mdl)
     for what, value in (("primals", primals), ("tangents", tangents)):
         if not isinstance(value, (tuple, list)):
-            raise DifferentiationError(f"{label}: {what} is {describe(value)}, expected a tuple with one for each input")
+            raise DifferentiationError(
+                f"{label}: {what} is {describe(value)}, expected a tuple with one for each input"
+            )
     packed = collected(target, mdl, primals, variables, rngs, label)
     directions = _directions(packed, tuple(primals), tuple(tangents), variable_tangents)
-    call = Call(packed, wanted=sorted(directions))
+    call = Call(packed, sorted(directions))
     given = tuple(directions[at] for at in call.wanted)
     at_point = tuple(call.operands[at] for at in call.wanted)
+    forms = []
+
+    def run(*some: Tensor) -> Any:
+        forms.append(call.run(call.operands, some))
+        return forms[0].take()
+
     if directions:
-        outs, tangents_out, rest = torch.func.jvp(
-            lambda *some: call.run(call.operands, *some), at_point, given, has_aux=True
-        )
+        outs, out_tangents, rest = torch.func.jvp(run, at_point, given, has_aux=True)
     else:
-        outs, rest = call.run(call.operands)
-        tangents_out = [torch.zeros_like(out) for out in outs]
-    out, _, update = call.joined(outs, rest)
-    leaves: list[Any] = [None] * call.out_leaves
-    for at, tangent in zip(call.out_at, tangents_out):
-        leaves[at] = tangent
+        outs, rest = run()
+        out_tangents = [torch.zeros_like(out) for out in outs]
+    out, _, update = forms[0].joined(outs, rest)
     packed.publish(update)
-    return out, _tree.unflatten(leaves, call.out_spec)
+    return out, forms[0].like_out(out_tangents)
 
 
 def _directions(

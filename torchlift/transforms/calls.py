@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchlift import _compat, _tree, rng
 from torchlift._context import entered
 from torchlift.engine.draws import States, devices_of, read_states, write_states
-from torchlift.errors import DifferentiationError, FunctionTargetError
+from torchlift.engine.remat import _Recomputing
+from torchlift.errors import DifferentiationError, FunctionTargetError, UnsupportedError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import is_module_class
 from torchlift.pack import Meta, Packed, Update
@@ -25,28 +26,42 @@ def is_differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
+def check_function(name: str, fn: Any) -> str:
+    """How errors name this use of the transform ``name``.
+
+    Raises:
+        FunctionTargetError: ``fn`` is a module, a class, or nothing to call.
+    """
+    own = getattr(fn, "__qualname__", None) or type(fn).__name__
+    own = own if isinstance(own, str) else fn.__name__  # Dynamo, which knows of no qualified names here and there
+    label = f"{name}({own.rpartition('<locals>.')[2]})"
+    cls = fn.func if isinstance(fn, functools.partial) else fn
+    if isinstance(fn, nn.Module) or is_module_class(cls) or not callable(fn):
+        what = (
+            f"an instance of {own}" if isinstance(fn, nn.Module) else "a class" if isinstance(cls, type) else repr(fn)
+        )
+        raise FunctionTargetError(
+            f"{label}: got {what}, expected a function whose first argument is a module: lambda m, *args: m(*args)"
+        )
+    return label
+
+
 def unbound(name: str, fn: Any, mdl: Any) -> tuple[Callable[..., Any], str]:
     """``fn`` as a function ``(module, *args)``, and how errors name this use of the transform.
 
     Raises:
         FunctionTargetError: ``fn`` is a module or a class, or ``mdl`` is not the module to call it with.
     """
-    own = getattr(fn, "__qualname__", None) or type(fn).__name__
-    label = f"{name}({own.rpartition('<locals>.')[2]})"
-    cls = fn.func if isinstance(fn, functools.partial) else fn
-    if isinstance(fn, nn.Module) or is_module_class(cls) or not callable(fn):
-        what = f"an instance of {own}" if isinstance(fn, nn.Module) else "a class" if isinstance(cls, type) else repr(fn)
-        raise FunctionTargetError(
-            f"{label}: got {what}, expected a function whose first argument is a module; "
-            f"write {name}(lambda m, *args: m(*args), module, ...)"
-        )
+    label = check_function(name, fn)
     if not isinstance(mdl, nn.Module):
-        raise FunctionTargetError(f"{label}: after fn got {type(mdl).__name__}, expected the module that fn is called with")
+        raise FunctionTargetError(
+            f"{label}: after fn got {type(mdl).__name__}, expected the module that fn is called with"
+        )
     if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
         if fn.__self__ is not mdl:
             raise FunctionTargetError(
-                f"{label}: got a method bound to another {type(fn.__self__).__name__} than the module it is called "
-                f"with; write {name}({own}, module, ...)"
+                f"{label}: got a method bound to another {type(fn.__self__).__name__} than the module after it; "
+                f"write {name}({fn.__qualname__}, module, ...)"
             )
         return fn.__func__, label
     return fn, label
@@ -90,90 +105,127 @@ def wanted_operands(packed: Packed, filter: Filter, argument: str, multi: bool =
     return wanted + [count + i for i, at in enumerate(packed.tensor_leaves) if is_differentiable(packed.leaves[at])]
 
 
-class Call:
-    """A call as a function of its operands: one tensor for each variable, and the tensors among its arguments.
+class Graph:
+    """What only the tensors can use that it was made from; it is dropped where a result is taken apart."""
 
-    Derivatives pass tensors only. What is static about the results is noted here: it is the same in every run.
-    """
 
-    def __init__(self, packed: Packed, has_aux: bool = False, wanted: Sequence[int] = ()):
-        self.packed, self.has_aux, self.wanted = packed, has_aux, list(wanted)
-        self.operands = [*packed.snapshot(), *(packed.leaves[at] for at in packed.tensor_leaves)]
-        # Where the randomness stands, to draw the same when the call runs again.
-        self.streams = rng.positions()
-        self.states: States = () if _compat.is_tracing() else read_states(devices_of(self.operands))
+class Form:
+    """What is static about the results of a :class:`Call`: their structure, and whatever is no tensor."""
 
-    def run(self, operands: Sequence[Tensor], *some: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The outputs that can have a gradient, and all other tensors that come out: aux, new state, what was sown.
-
-        ``some`` stand in the place of the operands that are differentiated.
-        """
-        given = list(operands)
-        for at, tensor in zip(self.wanted, some, strict=True):
-            given[at] = tensor
-        count = len(self.packed.entries)
-        out, update = self.packed.pure(given[:count], self.packed.with_tensors(given[count:]))
-        aux = None
-        if self.has_aux:
-            if not isinstance(out, tuple) or len(out) != 2:
-                raise DifferentiationError(
-                    f"{self.packed.label}: returned {type(out).__name__}, expected a pair (out, aux) with has_aux=True"
-                )
-            out, aux = out
-        self.out_leaves = len(_tree.flatten(out)[0])
-        leaves, self.spec = _tree.flatten((out, aux, update.changed, update.sown))
-        self.out_spec = _tree.flatten(out)[1]
-        self.out_paths = _tree.paths(out)
-        self.out_shapes = [describe(leaf) for leaf in leaves[: self.out_leaves]]
-        self.meta: Meta = update.meta
-        self.out_at = [at for at in range(self.out_leaves) if is_differentiable(leaves[at])]
+    def __init__(self, label: str, out: Any, second: Any, changed: list[Tensor], sown: list[Any], meta: Meta):
+        self.label, self.meta = label, meta
+        self.leaves, self.spec = _tree.flatten((out, second, changed, sown))
+        flat, self.out_spec = _tree.flatten(out)
+        self.out_leaves, self.out_paths = len(flat), _tree.paths(out)
+        self.out_at = [at for at, leaf in enumerate(flat) if is_differentiable(leaf)]
+        self.out_shapes = [describe(leaf) for leaf in flat]
         if len(self.out_at) == 0:
-            raise DifferentiationError(
-                f"{self.packed.label}: returned {self.out_shapes}, expected a floating-point tensor to differentiate"
-            )
-        self.rest_at = [at for at, x in enumerate(leaves) if isinstance(x, Tensor) and at not in set(self.out_at)]
-        self.static = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tuple(leaves[at] for at in self.out_at), [leaves[at] for at in self.rest_at]
+            raise DifferentiationError(f"{label}: returned {self.out_shapes}, expected a floating-point tensor")
+        flat, self.second_spec = _tree.flatten(second)
+        self.second_at = range(self.out_leaves, self.out_leaves + len(flat))
+        self.rest_at = [at for at, x in enumerate(self.leaves) if isinstance(x, Tensor) and at not in set(self.out_at)]
 
-    def again(self, operands: Sequence[Tensor], *some: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """As ``run``, drawing what the first run drew, and leaving the generators where they stand."""
-        now = read_states(devices_of(operands)) if self.states else ()
-        write_states(self.states)
-        try:
-            with entered(streams=self.streams):
-                return self.run(operands, *some)
-        finally:
-            write_states(now)
+    def take(self) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """The outputs that can have a gradient, and all other tensors; none of them is kept."""
+        outs, rest = tuple(self.leaves[at] for at in self.out_at), [self.leaves[at] for at in self.rest_at]
+        self.leaves = [None if isinstance(leaf, Tensor | Graph) else leaf for leaf in self.leaves]
+        return outs, rest
 
     def joined(self, outs: Sequence[Tensor], rest: Sequence[Tensor]) -> tuple[Any, Any, Update]:
-        """``(out, aux, update)`` from what ``run`` returned."""
-        leaves = list(self.static)
+        """``(out, second, update)`` from what :meth:`take` gave."""
+        leaves = list(self.leaves)
         for at, tensor in zip([*self.out_at, *self.rest_at], [*outs, *rest], strict=True):
             leaves[at] = tensor
-        out, aux, changed, sown = _tree.unflatten(leaves, self.spec)
-        return out, aux, Update(changed, sown, self.meta)
+        out, second, changed, sown = _tree.unflatten(leaves, self.spec)
+        return out, second, Update(changed, sown, self.meta)
 
-    def like_out(self, what: str, tree: Any, outs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The leaves of ``tree``, a cotangent, that belong to ``outs``; zeros where it has None."""
+    def like_out(self, tensors: Sequence[Tensor | None]) -> Any:
+        """A tree like the output, with these tensors for those that can have a gradient, and None elsewhere."""
+        leaves: list[Any] = [None] * self.out_leaves
+        for at, tensor in zip(self.out_at, tensors, strict=True):
+            leaves[at] = tensor
+        return _tree.unflatten(leaves, self.out_spec)
+
+    def cotangents(self, tree: Any, outs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The leaves of ``tree``, which must be like the output, that belong to ``outs``; zeros where it has None."""
         leaves, spec = _tree.flatten(tree)
-        label = f"{self.packed.label}: {what}"
         if spec != self.out_spec:
             raise DifferentiationError(
-                f"{label} has the structure of {_tree.paths(tree)}, expected that of the output, {self.out_paths}"
+                f"{self.label}: the cotangent has leaves {_tree.paths(tree)}, expected those of the output, "
+                f"{self.out_paths}"
             )
         found = []
         for at, like in zip(self.out_at, outs, strict=True):
             leaf = torch.zeros_like(like) if leaves[at] is None else leaves[at]
-            if type(leaf) in (int, float):
-                leaf = torch.full_like(like, leaf) if like.ndim == 0 else leaf
+            if type(leaf) in (int, float) and like.ndim == 0:
+                leaf = torch.full_like(like, leaf)
             if describe(leaf) != self.out_shapes[at]:
                 raise DifferentiationError(
-                    f"{label}{self.out_paths[at]} is {describe(leaf)}, expected {self.out_shapes[at]} like the output"
+                    f"{self.label}: the cotangent{self.out_paths[at]} is {describe(leaf)}, expected "
+                    f"{self.out_shapes[at]} like the output"
                 )
             found.append(leaf)
         return tuple(found)
 
 
+class Call:
+    """A call as a function of its operands: one tensor for each variable, and the tensors among its arguments.
+
+    ``second`` names the second of two results, which is not differentiated; empty if there is one only.
+    """
+
+    def __init__(self, packed: Packed, wanted: Sequence[int] = (), second: str = ""):
+        self.packed, self.wanted, self.second = packed, list(wanted), second
+        self.operands = [*packed.snapshot(), *(packed.leaves[at] for at in packed.tensor_leaves)]
+        # Where the randomness stands, to draw the same when the call runs again.
+        self.streams = rng.positions()
+        self.states: States = () if _compat.is_tracing() else _states(self.operands)
+
+    def run(self, operands: Sequence[Tensor], some: Sequence[Tensor] = ()) -> Form:
+        """The results, before they are taken; ``some`` are given in the place of the operands that are wanted."""
+        given = list(operands)
+        for at, tensor in zip(self.wanted, some):
+            given[at] = tensor
+        count = len(self.packed.entries)
+        out, update = self.packed.pure(given[:count], self.packed.with_tensors(given[count:]))
+        second = None
+        if self.second:
+            if not isinstance(out, tuple) or len(out) != 2:
+                raise DifferentiationError(
+                    f"{self.packed.label}: returned {describe(out)}, expected a pair (out, {self.second})"
+                )
+            out, second = out
+        return Form(self.packed.label, out, second, update.changed, update.sown, update.meta)
+
+    def again(self, operands: Sequence[Tensor], some: Sequence[Tensor] = ()) -> Form:
+        """As ``run``, drawing what the first run drew, and leaving the generators where they stand."""
+        now = _states(operands) if self.states else ()
+        write_states(self.states)
+        try:
+            with entered(streams=self.streams), _Recomputing():
+                return self.run(operands, some)
+        except RuntimeError as error:
+            if "randomness error mode" not in str(error):
+                raise
+            raise UnsupportedError(
+                f"{self.packed.label}: jacrev over custom_vjp with a vjp function that draws: it runs again under the vmap "
+                "that jacrev puts around backward; use torch.func.jacrev(..., chunk_size=1)"
+            ) from error
+        finally:
+            write_states(now)
+
+
+def _states(tensors: Sequence[Tensor]) -> States:
+    # Inside a transform even a generator's state comes wrapped.
+    return tuple((device, _compat.plain(state)) for device, state in read_states(devices_of(tensors)))
+
+
 def describe(leaf: Any) -> str:
     """A tensor's dtype and shape, for errors: ``float32[2, 3]``."""
     return f"{str(leaf.dtype)[6:]}{list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+
+
+class Rerun:
+    """What runs a call again, where it is a part of a result that other tensors were put into."""
+
+    call: Call

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, _tree, axes, rng, stacking
+from torchlift import _compat, _tree, axes, metadata, rng, stacking
+from torchlift.engine.run import Report, record
 from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, TorchliftWarning, warn
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
-from torchlift.pack import Packed, Update
+from torchlift.pack import WRITES_SHARED, Packed, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,13 @@ class _Vmap(Transform):
     def stacking(self, base: type[nn.Module]) -> stacking.Stacking | None:
         groups = self.groups(self.label(base))
         sizes = None if self.axis_size is None else (self.axis_size,)
-        return stacking.Stacking(groups, sizes) if groups.has_axis else None
+        return stacking.Stacking(groups, sizes, self.partition_params) if groups.has_axis else None
+
+    @property
+    def partition_params(self) -> Mapping[Any, Any]:
+        """What axis metadata is told: the axis is named as the mesh axis it is sharded over, unless told otherwise."""
+        named = {} if self.spmd_axis_name is None else {metadata.PARTITION_NAME: self.spmd_axis_name}
+        return {**named, **self.metadata_params}
 
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
@@ -50,6 +57,7 @@ class _Vmap(Transform):
         packed.refuse(groups.untold_streams(rng.positions()))
         size = self._size(packed.entries, roles, packed.leaves, leaf_axes, label)
         run = _Run(packed, groups, self.out_axes, size, self.axis_name)
+        run.attributes = metadata.without_axis(packed, [role.axis for role in roles], self.partition_params)
         mapped = packed.tensor_leaves
         in_dims = (0, [role.axis for role in roles], [leaf_axes[at] for at in mapped])
         inputs = (torch.arange(size, device=packed.device), packed.tensors, [packed.leaves[at] for at in mapped])
@@ -62,7 +70,8 @@ class _Vmap(Transform):
         if run.size == 0:
             return run.empty(in_dims, inputs)
         if len({split for split in splits.values() if split is not None}) > 1:
-            return run.by_index(in_dims, inputs, splits)  # torch's vmap knows one kind of randomness at a time
+            # torch's vmap knows one kind of randomness at a time.
+            return run.by_index(in_dims, inputs, splits, "random streams differ in whether they are split")
         mapped = torch.func.vmap(
             run.one,
             in_dims=in_dims,
@@ -76,13 +85,14 @@ class _Vmap(Transform):
             text = str(error)
             if "randomness error mode" in text:
                 raise RandomnessError(dict(run.packed.refused)[rng.DROPOUT]) from error
-            if any(part in text for part in _WRITES_SHARED):
-                raise ModifyCollectionError(_shared_write(run.packed)) from error
+            if any(part in text for part in WRITES_SHARED):
+                raise ModifyCollectionError(_shared_write(run.packed, groups)) from error
             if self.axis_name is not None or not any(part in text for part in _NO_BATCHING_RULE):
                 raise
-            _warn_once(run.packed.fn, f"{groups.label}: runs index by index, since torch says: {text.splitlines()[0]}")
+            why = text.splitlines()[0]
+            _warn_once(run.packed.fn, f"{groups.label}: runs index by index, since torch says: {why}")
         rng.restore_defaults(start)
-        return run.by_index(in_dims, inputs, splits)
+        return run.by_index(in_dims, inputs, splits, why)
 
     def _size(self, entries: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any], label: str) -> int:
         sizes: dict[str, int] = {} if self.axis_size is None else {"axis_size": self.axis_size}
@@ -101,9 +111,9 @@ class _Vmap(Transform):
         return next(iter(sizes.values()))
 
 
-def _shared_write(packed: Packed) -> str:
-    shared = [entry.name for entry, writable in zip(packed.entries, packed.writable) if not writable
-              and entry.store == "_buffers"]
+def _shared_write(packed: Packed, groups: Groups) -> str:
+    shared = [entry.name for entry in packed.entries if entry.store == "_buffers"
+              and groups.role(entry.collection).axis is None]
     collections = sorted({entry.collection for entry in packed.entries if entry.name in shared})
     return (
         f"{packed.label}: a body wrote what differs from index to index into a variable that all indices share, one of "
@@ -113,7 +123,6 @@ def _shared_write(packed: Packed) -> str:
 
 _NO_BATCHING_RULE = ("Batching rule not implemented", "batching rule", "we could not generate a fallback",
                      "does not have a batching rule", "vmap: It looks like you're")
-_WRITES_SHARED = ("vmap: inplace arithmetic", "which will be updated in place, were not batched", "vmap: aten::")
 _warned: set[Any] = set()
 
 
@@ -144,12 +153,13 @@ class _Run:
     """One mapped call: the body as a function of flat tensors, and how its results are put together again."""
 
     def __init__(self, packed: Packed, groups: Groups, out_axes: Any, size: int, axis_name: str | None):
+        self.attributes: Mapping[tuple[int, str], Any] = {}
         self.packed, self.groups, self.out_axes, self.size, self.axis_name = packed, groups, out_axes, size, axis_name
 
     def one(self, index: Tensor, tensors: Any, leaves: Any) -> list[Tensor]:
         """The body at one index. What is static about its results is kept in ``self``: it is the same at each."""
         self.packed.context["axes"] = axes.and_named(self.axis_name, self.size, index)
-        out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves))
+        out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves), self.attributes)
         flat, self.spec = _tree.flatten((out, update.changed, update.sown))
         flat = [torch.as_tensor(x, device=index.device) if type(x) in _NUMBERS else x for x in flat]
         self.meta = update.meta
@@ -159,8 +169,9 @@ class _Run:
         self.mapped = [_compat.functorch_level(x) >= level for x in results]
         return results
 
-    def by_index(self, in_dims: Any, inputs: Any, splits: Mapping[str, bool | None]) -> list[Tensor]:
+    def by_index(self, in_dims: Any, inputs: Any, splits: Mapping[str, bool | None], why: str) -> list[Tensor]:
         """The same, index after index: for operators without a batching rule, and streams that differ in splitting."""
+        record(Report(self.groups.label, "index by index", why))
         rows = []
         start, positions = rng.default_states(), rng.positions()
         for i in range(self.size):

@@ -1,0 +1,51 @@
+"""What a loop of modules needs to be one operator of a graph of torch.compile around it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat, _tree
+from torchlift.engine.loop import Body
+from torchlift.engine.opaque import register_body
+from torchlift.variables import Variable
+
+# NOTE [Tokens]. In a captured graph, and as a constant that Dynamo takes, a string stands for what is static about the
+# results of an iteration.
+results: dict[str, Any] = {}
+
+_TENSOR = "<tensor>"
+
+
+def token(static: Any) -> Any:
+    """``static``, or in a capture the string that stands for it."""
+    if _compat.is_compiling() or not _compat.is_tracing():
+        return static
+    name = repr(static)
+    results[name] = static
+    return name
+
+
+def constant(leaf: Any) -> Any:
+    """A leaf that every iteration gets. Modules and Variables are bound in the body, and none of the engine's business."""
+    return None if isinstance(leaf, (nn.Module, Variable)) else leaf
+
+
+def skeleton(tree: Any) -> Any:
+    """``tree`` with a mark for each tensor: something that Dynamo can hand to a function that it does not trace."""
+    return _tree.map_leaves(lambda leaf: _TENSOR if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def fleshed(tree: Any) -> Any:
+    """The tree of a skeleton, with a tensor of no consequence for each mark."""
+    return _tree.map_leaves(lambda leaf: torch.empty(()) if isinstance(leaf, str) and leaf == _TENSOR else leaf, tree)
+
+
+def register(key: str, owner: nn.Module, make: Callable[[Any], Body], policy: Any) -> str:
+    """Makes the body that ``make(owner)`` builds known to the engine under ``key``; returns ``key``."""
+    found = weakref.ref(owner)  # the engine keeps what it knows; it shall not keep the user's model
+    return register_body(key, lambda: make(found()), policy)

@@ -1,0 +1,330 @@
+"""One call of a lifted loop: the body as the engine wants it, and what the engine returns as the user wants it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat, _tree, fingerprint, metadata, rng, stacking
+from torchlift._context import entered
+from torchlift.engine import loop
+from torchlift.engine.opaque import opaque_run
+from torchlift.engine.run import run
+from torchlift.errors import AxisError, CarryError, RandomnessError
+from torchlift.groups import Groups, Role
+from torchlift.pack import Change, Meta, Packed, Update
+from torchlift.transforms.compiling import constant, results, token
+from torchlift.variables import ATTRIBUTE
+
+
+class _Broadcast:
+    """The type of :data:`torchlift.broadcast`."""
+
+    def __repr__(self) -> str:
+        return "broadcast"
+
+    def __reduce__(self) -> str:
+        return "broadcast"
+
+
+broadcast = _Broadcast()
+_NUMBERS = (bool, int, float, complex)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What is static about what an iteration returns; the same in each."""
+
+    ys: _tree.Spec
+    sown: _tree.Spec
+    meta: Meta  # of the variables that come out stacked
+    carried: tuple[Change, ...]
+
+
+class Iterations:
+    """One call of a loop: the body as the engine wants it, and what the engine returns as the user wants it.
+
+    ``axes`` has, for each leaf of the arguments, the axis that is scanned over, or ``broadcast``; the carry is the
+    first argument. ``levels`` is how many axes the nest of loops has, ``lengths`` their sizes, if they are known.
+    """
+
+    def __init__(
+        self, groups: Groups, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str,
+        inside: type | None, axes: list[Any], sizes: tuple[int, ...] | None, *, levels: int = 1,
+        transform: Callable[..., Any] | None = None, metadata_params: Mapping[Any, Any] | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ):  # fmt: skip
+        self.label, self.levels, self.groups, self.transform = label, levels, groups, transform
+        if stacking.is_pending(module):
+            leaves, _ = _tree.flatten((args, kwargs))
+            stacking.materialize(module, _length(label, sizes, [], [], leaves, axes, 1)[0])
+        self.packed = packed = Packed(fn, module, args, kwargs, label, inside)
+        self.roles = packed.group(groups.role)
+        packed.allow(lambda c: groups.role(c).writable, _how_to_write)
+        packed.refuse(groups.untold_streams(rng.positions()))
+        self.axes = axes
+        self.attributes = metadata.without_axis(packed, [role.axis for role in self.roles], metadata_params or {})
+        self.lengths = lengths or _length(label, sizes, packed.entries, self.roles, packed.leaves, axes, levels)
+        self.carried = [at for at, role in enumerate(self.roles) if role.carried]
+        self.scanned = [at for at, role in enumerate(self.roles) if role.axis is not None]
+        self.shared = [at for at, role in enumerate(self.roles) if role.axis is None and not role.carried]
+        self.device = packed.device  # read here: in a body, to ask a tensor from outside even for this is to use it
+        self.carry_tree, (carry, self.carry_spec) = args[0], _tree.flatten(args[0])
+        self.carry = [_as_tensor(leaf, self.device) for leaf in carry]
+        count = len(carry)
+        self.xs_at = [at for at, axis in enumerate(axes) if axis is not broadcast and at >= count and axis is not None]
+        self.const_at = [at for at in range(count, len(axes)) if at not in self.xs_at]
+        self.begin = rng.positions()
+        self.starts: dict[int, dict[str, tuple[int, int]]] = {}
+
+    # Body ------------------------------------------------------------------------------------------------------------
+
+    def body(self, consts: Any, carry: Any, x: Any) -> Any:
+        """One iteration: ``(consts, carry, x) -> (carry, y)``, each a pair of variables and argument leaves."""
+        tensors: list[Any] = [None] * len(self.roles)
+        for places, values in ((self.shared, consts[0]), (self.carried, carry[0]), (self.scanned, x[0])):
+            for at, value in zip(places, values, strict=True):
+                tensors[at] = value
+        leaves: list[Any] = [*carry[1], *[None] * (len(self.axes) - len(carry[1]))]
+        for places, values in ((self.const_at, consts[1]), (self.xs_at, x[1])):
+            for at, value in zip(places, values, strict=True):
+                leaves[at] = value
+        if self.transform is not None:
+            tensors = self._transformed(tensors)
+        with self._streams(x[2]):
+            out, update = self.packed.pure(tensors, leaves, self.attributes)
+        new_carry, ys = self._checked(out, carry[1])
+        return self._sorted(tensors, update, new_carry, ys)
+
+    def _checked(self, out: Any, given: Sequence[Any]) -> tuple[list[Any], Any]:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise CarryError(
+                f"{self.label}: the body returned {type(out).__name__}, expected a pair (carry, ys), with None for no ys"
+            )
+        leaves, spec = _tree.flatten(out[0])
+        if spec != self.carry_spec:
+            got, expected = _tree.paths(out[0]), _tree.paths(self.carry_tree)
+            raise CarryError(
+                f"{self.label}: the carry changed its structure: got {type(out[0]).__name__} with leaves {got}, "
+                f"expected {type(self.carry_tree).__name__} with leaves {expected}, as in the carry that went in"
+            )
+        leaves = [_as_tensor(leaf, self.device) for leaf in leaves]
+        if not all(_fits(new, old) for new, old in zip(leaves, given, strict=True)):
+            for path, new, old in zip(_tree.paths(out[0]), leaves, given, strict=True):
+                if not _fits(new, old):
+                    raise CarryError(
+                        f"{self.label}: carry{path} changed: got {_described(new)}, expected {_described(old)}, as in "
+                        "the carry that went in"
+                    )
+        return leaves, out[1]
+
+    def _sorted(self, tensors: list[Tensor], update: Update, new_carry: list[Any], ys: Any) -> Any:
+        """The iteration's results: what is carried on, what comes out of each iteration, and what is static."""
+        state = {at: tensors[at] for at in self.carried}
+        stacked: list[tuple[Change, Tensor]] = []
+        carried: list[Change] = []
+        for change, value in zip(update.meta.changes, update.changed, strict=True):
+            if change.entry in state:
+                state[change.entry] = value
+                carried.append(change)
+            else:
+                stacked.append((change, value if self.packed.nested else value.detach()))
+        y_leaves, y_spec = _tree.flatten(ys)
+        sown, sown_spec = _tree.flatten(update.sown)
+        meta = Meta(tuple([change for change, _ in stacked]), update.meta.sites)
+        static = token(_Result(y_spec, sown_spec, meta, tuple(carried)))
+        y_leaves = [_as_tensor(leaf, self.device) for leaf in y_leaves]
+        return ([state[at] for at in self.carried], new_carry), (y_leaves, [v for _, v in stacked], sown, static)
+
+    def _streams(self, index: Any) -> entered:
+        """NOTE [Streams in loops]. An iteration that is recomputed draws from its streams as it did at first; a stream
+        that is not split starts anew in each."""
+        if index is None or _compat.is_tracing():
+            return entered()
+        at = int(index)
+        if at in self.starts:
+            return entered(streams=self.starts[at])
+        rng.rewind({name: where for name, where in self.begin.items() if not self.groups.splits(name)})
+        self.starts[at] = rng.positions()
+        return entered()
+
+    def _transformed(self, tensors: list[Any]) -> list[Any]:
+        """The tensors, with ``data_transform`` applied to the groups: shared, carried, scanned."""
+        assert self.transform is not None
+        groups = [[at for at in places if self.packed.entries[at].store != ATTRIBUTE]
+                  for places in (self.shared, self.carried, self.scanned)]  # fmt: skip
+        trees: list[dict[str, dict[str, Any]]] = [{}, {}, {}]
+        for tree, places in zip(trees, groups, strict=True):
+            for at in places:
+                entry = self.packed.entries[at]
+                tree.setdefault(entry.collection, {})[entry.name] = tensors[at]
+        streams = tuple({name: where} for name, where in rng.positions().items())
+        changed, _ = self.transform(tuple(trees), streams)
+        new = list(tensors)
+        for tree, places in zip(changed, groups, strict=True):
+            for at in places:
+                entry = self.packed.entries[at]
+                new[at] = tree[entry.collection][entry.name]
+        return new
+
+    # Loop ------------------------------------------------------------------------------------------------------------
+
+    def loop(self, register: Callable[[], str], *, compile: Any, **options: Any) -> tuple[Any, Any]:
+        """Runs the loop and publishes its state; the carry as the user's tree, and the engine's ys.
+
+        ``register`` makes the body known for a graph of ``torch.compile`` around the loop, and returns its key.
+        """
+        packed, length = self.packed, math.prod(self.lengths)
+        tensors = packed.snapshot()
+        consts = ([tensors[at] for at in self.shared], [constant(packed.leaves[at]) for at in self.const_at])
+        carry = ([tensors[at] for at in self.carried], self.carry)
+        xs = loop.Stacked((
+            [self._to_front(tensors[at], self.roles[at].axis, self.levels) for at in self.scanned],
+            [self._to_front(packed.leaves[at], self.axes[at], 1) for at in self.xs_at],
+            torch.arange(length) if self.begin else None,
+        ))  # fmt: skip
+        options = {**options, "shared_draws": self.groups.splits(rng.DROPOUT) is False}
+        if packed.has_hooks(skip_root=packed.inside is not None):
+            compile = False
+        if _compat.is_compiling():
+            if compile is False or packed.nested or length == 0:
+                body = loop.Body(self.body, self.label, self.label)
+                (state, leaves), ys = loop.plain_run(body, consts, carry, xs, length, **_plain_options(options))
+            else:
+                (state, leaves), ys = opaque_run(register(), consts, carry, xs, length, compile=compile, **options)
+        else:
+            key = self.label if compile is False else (fingerprint.of_packed(packed), self.transform)
+            drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) else None
+            body = loop.Body(self.body, key, self.label)
+            (state, leaves), ys = run(body, consts, carry, xs, length, compile=compile, **options)
+            if drawn is not None and not _compat.is_tracing() and rng.drew(drawn):
+                rng.restore_defaults(drawn)
+                raise RandomnessError(dict(packed.refused)[rng.DROPOUT])
+        y_leaves, changed, sown, static = ys.tree
+        static = results[static] if isinstance(static, str) else static
+        self._publish(state, changed, sown, static)
+        return _tree.unflatten(leaves, self.carry_spec), (y_leaves, static)
+
+    def _to_front(self, value: Any, axis: int, levels: int) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        axis = axis % (value.ndim - levels + 1)
+        value = value.movedim(tuple(range(axis, axis + levels)), tuple(range(levels)))
+        return value.flatten(0, levels - 1) if levels > 1 else value
+
+    def _to_place(self, value: Tensor, axis: int, levels: int = 1) -> Tensor:
+        if not -value.ndim <= axis < value.ndim:
+            raise AxisError(
+                f"{self.label}: out axis {axis} does not exist in a value of {value.ndim} dimensions, the scanned one "
+                "included"
+            )
+        if levels == 1:
+            return value.movedim(0, axis)
+        value = value.unflatten(0, self.lengths)
+        axis = axis % (value.ndim - levels + 1)
+        return value.movedim(tuple(range(levels)), tuple(range(axis, axis + levels)))
+
+    def _publish(self, state: list[Tensor], changed: list[Tensor], sown: list[Any], static: _Result) -> None:
+        changed = [
+            self._to_place(value, self.groups.role(change.collection).out_axis or 0, self.levels)
+            for value, change in zip(changed, static.meta.changes, strict=True)
+        ]
+        carried = [state[self.carried.index(change.entry)] for change in static.carried]
+        values = _tree.unflatten(sown, static.sown)
+        sown = [
+            self._sown(value, site.collection) for value, site in zip(values, static.meta.sites, strict=True)
+        ]  # fmt: skip
+        meta = Meta((*static.meta.changes, *static.carried), static.meta.sites)
+        self.packed.publish(Update([*changed, *carried], sown, meta))
+
+    def _sown(self, tree: Any, collection: str) -> Any:
+        axis = self.groups.sown_axis(collection)
+        return _tree.map_leaves(lambda v: self._to_place(v, axis) if isinstance(v, Tensor) else v, tree)
+
+    def placed(self, ys: Any, out_axes: Any) -> Any:
+        """The ys, with the iterations on the axis where each belongs."""
+        leaves, static = ys
+        tree = _tree.unflatten(leaves, static.ys)
+        out_axes = tuple(out_axes) if isinstance(out_axes, list) else out_axes
+        axes = _tree.broadcast_prefix(out_axes, tree, f"{self.label}: out_axes")
+        names = _tree.paths(tree) if any(axis is broadcast for axis in axes) else [""] * len(axes)
+        return _tree.unflatten(
+            [self._placed_leaf(leaf, axis, name) for leaf, axis, name in zip(leaves, axes, names, strict=True)], static.ys
+        )
+
+    def _placed_leaf(self, leaf: Any, axis: Any, name: str) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if axis is not broadcast and axis is not None:
+            return self._to_place(leaf, axis)
+        if not _compat.is_tracing() and leaf.shape[0] and not _compat.all_equal(leaf):
+            raise AxisError(
+                f"{self.label}: ys{name} differs between iterations, but its out axis is {axis!r}; give it an axis"
+            )
+        return leaf[0]
+
+
+def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "unroll"}
+
+
+def _how_to_write(collection: str) -> str:
+    return (
+        f"give it an axis, variable_axes={{{collection!r}: 0}}, for a value of its own in each iteration, or carry it "
+        f"through the loop, variable_carry={collection!r}"
+    )
+
+
+def _as_tensor(leaf: Any, device: torch.device) -> Any:
+    return torch.as_tensor(leaf, device=device) if type(leaf) in _NUMBERS else leaf
+
+
+def _fits(new: Any, old: Any) -> bool:
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return new.dtype == old.dtype and new.shape == old.shape
+    return new is old or (not isinstance(new, Tensor) and not isinstance(old, Tensor) and new == old)
+
+
+def _described(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{leaf.dtype} {list(leaf.shape)}"
+    return repr(leaf)
+
+
+def _length(
+    label: str, sizes: tuple[int, ...] | None, entries: Sequence[Any], roles: Sequence[Role], leaves: Sequence[Any],
+    axes: Sequence[Any], levels: int,
+) -> tuple[int, ...]:  # fmt: skip
+    """The lengths of the loop's levels, on which all that is scanned must agree."""
+    found: dict[str, tuple[int, ...]] = {} if sizes is None else {"length": sizes}
+    for entry, role in zip(entries, roles, strict=True):
+        if role.axis is not None:
+            where = f"{label}: {entry.name!r} in {entry.collection!r}"
+            free = entry.tensor.ndim - levels + 1
+            if not -free <= role.axis < free:
+                raise AxisError(f"{where} has shape {tuple(entry.tensor.shape)}, which has no axis {role.axis} to scan over")
+            axis = role.axis % free
+            found[f"{entry.name!r} in {entry.collection!r}"] = tuple(entry.tensor.shape[axis : axis + levels])
+            if sizes is not None and found[f"{entry.name!r} in {entry.collection!r}"] != sizes:
+                got = found[f"{entry.name!r} in {entry.collection!r}"]
+                raise AxisError(f"{where} has {_plain(got)} on axis {axis}, expected {_plain(sizes)}")
+    for number, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
+        if isinstance(leaf, Tensor) and axis is not broadcast and axis is not None:
+            if not isinstance(axis, int) or not -leaf.ndim <= axis < leaf.ndim:
+                raise AxisError(f"{label}: argument leaf {number} has shape {tuple(leaf.shape)}, which has no axis {axis!r}")
+            found[f"argument leaf {number} (axis {axis})"] = (leaf.shape[axis],)
+    if not found:
+        raise AxisError(f"{label}: nothing is scanned over, so the length is not known; pass length=")
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name}: {_plain(size)}" for name, size in found.items())
+        raise AxisError(f"{label}: the lengths disagree, expected one: {listed}")
+    return next(iter(found.values()))
+
+
+def _plain(sizes: tuple[int, ...]) -> Any:
+    return sizes[0] if len(sizes) == 1 else sizes

@@ -1,0 +1,406 @@
+"""Lifted jit: a module whose methods run as one compiled graph."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchlift import _compat, _tree, rng
+from torchlift._context import context, entered
+from torchlift.errors import (
+    ArgumentError,
+    DonatedTensorError,
+    ModifyCollectionError,
+    RandomnessError,
+    UnsupportedError,
+)
+from torchlift.filters import Filter, check, matches
+from torchlift.lifting import Target, Transform, lift
+from torchlift.pack import Packed
+from torchlift.variables import AT, Capture, Variable, collection_of, own_tensors, sow
+
+
+class _Places(NamedTuple):
+    """Some of a function's arguments: by position, where the module is 0, and by name."""
+
+    positions: frozenset[int]
+    names: frozenset[str]
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+        """Those that a call has, without its module."""
+        found: dict[int | str, Any] = {at: arg for at, arg in enumerate(args, 1) if at in self.positions}
+        return {**found, **{name: value for name, value in kwargs.items() if name in self.names}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Jit(Transform):
+    """NOTE [Jit]. The compiled function takes the module itself: Dynamo guards on what the code reads of it, so that one
+    graph serves every instance whose static fields agree, and mutates it as the code does. The state that a graph
+    computes is that of the plain call; what is left to do is to detach what was rebound, as every publish does.
+    """
+
+    variables: Filter = True
+    rngs: Filter = True
+    static_argnums: tuple[int, ...] = ()
+    donate_argnums: tuple[int, ...] = ()
+    device: Any = None
+    backend: Any = None
+    static_argnames: tuple[str, ...] = ()
+    donate_argnames: tuple[str, ...] = ()
+    fullgraph: bool = True
+    dynamic: bool | None = None
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
+    compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def call(
+        self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
+    ) -> Any:
+        check(self.variables, f"{label}: variables")
+        check(self.rngs, f"{label}: rngs")
+        if _runs_inline():
+            plain = self.variables is True and self.rngs is True
+            if plain and (_compat.is_compiling() or AT in module.__dict__):
+                return fn(module, *args, **kwargs)  # state belongs to the transform around
+            return self._inline(fn, module, args, kwargs, label, inside)
+        static = _places(fn, self.static_argnums, self.static_argnames, f"{label}: static")
+        donate = _places(fn, self.donate_argnums, self.donate_argnames, f"{label}: donate")
+        run = self._compiled(fn, static.of(args, kwargs), label)
+        left = [None if at in static.positions else arg for at, arg in enumerate(args, 1)]
+        given = {name: value for name, value in kwargs.items() if name not in static.names}
+        roots = _roots(module, args, kwargs)
+        tensors = _tensors(roots)
+        donated = self._donated(donate.of(args, kwargs), tensors, _tree.flatten((args, kwargs))[0], label)
+        self._check_device([*tensors, *_tree.flatten((args, kwargs))[0]], label)
+        guard = _Guard(self, roots, label) if not (self.variables is True and self.rngs is True) else None
+        try:
+            out, sown = run(module, left, given, bool(context.captures))
+        except _compat.capture_errors() as error:
+            if _compat.comes_from_the_body(error):
+                self._inline(fn, module, args, kwargs, label, inside)  # raises what the body raises, by its own name
+            raise UnsupportedError(
+                f"{label}: the body cannot be captured as one graph; rewrite what is named below, or pass "
+                f"fullgraph=False to let Python run between graphs. {error}"
+            ) from error
+        if guard is not None:
+            guard.check()
+        for at, path, collection, name, value in sown:
+            sow(roots[at].get_submodule(path), collection, name, value)
+        return _give_up(donated, out, roots) if donated else out
+
+    def _inline(
+        self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None
+    ) -> Any:
+        packed = Packed(fn, module, args, kwargs, label, inside)
+        packed.allow(lambda c: matches(self.variables, c), lambda c: f"add {c!r} to variables=")
+        streams = [stream for stream in (rng.DROPOUT, *rng.positions()) if not matches(self.rngs, stream)]
+        packed.refuse(streams, lambda stream: f"add {stream!r} to rngs=")
+        out, update = packed.pure(packed.snapshot(), packed.leaves)
+        packed.publish(update)
+        return out
+
+    def _compiled(self, fn: Callable[..., Any], static: dict[int | str, Any], label: str) -> Callable[..., Any]:
+        """The compiled function for these static arguments, which are constants in it."""
+        try:
+            key = tuple((place, type(value), value) for place, value in static.items())
+            if key not in self.compiled:
+                self.compiled[key] = _compat.compile_apart(
+                    _body(fn, static),
+                    fullgraph=self.fullgraph, dynamic=self.dynamic, backend=self.backend or "inductor",
+                    mode=self.mode, options=self.options and dict(self.options),
+                )  # fmt: skip
+            return self.compiled[key]
+        except TypeError as error:
+            for place, value in static.items():
+                if not _is_hashable(value):
+                    raise ArgumentError(
+                        f"{label}: static argument {place!r} is a {type(value).__name__}, expected a hashable value, "
+                        "which tells for which calls to compile anew; pass a tuple for a list"
+                    ) from error
+            raise  # pragma: no cover
+
+    def _check_device(self, leaves: Sequence[Any], label: str) -> None:
+        if self.device is None:
+            return
+        expected = torch.empty(0, device=self.device).device
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.device != expected:
+                raise ArgumentError(
+                    f"{label}: a tensor of shape {tuple(leaf.shape)} is on {leaf.device}, expected {expected}; move the "
+                    "module and its arguments there"
+                )
+
+    def _donated(
+        self, arguments: dict[int | str, Any], tensors: Sequence[Tensor], leaves: Sequence[Any], label: str
+    ) -> list[tuple[Tensor, str]]:
+        for leaf in leaves:
+            if isinstance(leaf, _Donated):
+                raise leaf.error()
+        donated = []
+        for place, argument in arguments.items():
+            for leaf in _tree.flatten(argument)[0]:
+                if isinstance(leaf, Tensor) and all(leaf is not tensor for tensor, _ in donated):
+                    donated.append((leaf, f"{label} as argument {place!r}"))
+        needed = any(t.requires_grad for t in (*tensors, *leaves) if isinstance(t, Tensor))
+        if donated and torch.is_grad_enabled() and needed:
+            raise DonatedTensorError(
+                f"{label}: argument {next(iter(arguments))!r} is donated, but a gradient is recorded, whose backward may "
+                "need it; call it under torch.no_grad(), or do not donate"
+            )
+        return donated
+
+
+def _runs_inline() -> bool:
+    """Whether something around the call wants to see the operators of the body, so that it is not compiled by itself."""
+    return (
+        _compat.is_tracing()
+        or _compat.functorch_active()
+        or _compat.forward_ad_active()
+        or _compat.dispatch_modes_active()
+    )
+
+
+def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[..., Any]:
+    """What is compiled: the call, with static arguments in their places; and what it sowed."""
+
+    def jit(module: nn.Module, args: list[Any], kwargs: dict[str, Any], captures: bool) -> tuple[Any, list[Any]]:
+        args = [static.get(at, arg) for at, arg in enumerate(args, 1)]
+        kwargs = {**kwargs, **{name: value for name, value in static.items() if isinstance(name, str)}}
+        roots = _roots(module, args, kwargs)
+        frame = _Frame(roots, context.captures)
+        with entered(captures=(frame,) if captures else ()):
+            out = fn(module, *args, **kwargs)
+        if AT not in module.__dict__:
+            for root in roots:
+                for owner in root.modules():
+                    for key, tensor in owner._buffers.items():
+                        if tensor is not None and tensor.requires_grad:
+                            owner._buffers[key] = tensor.detach()
+        return out, frame.values
+
+    return jit
+
+
+class _Frame(Capture):
+    """Collects what a graph sows, to be sown again outside of it."""
+
+    def __init__(self, roots: Sequence[nn.Module], captures: Sequence[Capture]):
+        super().__init__(True)
+        self.roots, self.filters = roots, [capture.filter for capture in captures]
+        self.values: list[tuple[int, str, str, str, Any]] = []
+
+    def add(self, module: nn.Module, collection: str, name: str, value: Any) -> None:
+        if any(matches(filter, collection) for filter in self.filters):
+            for at, root in enumerate(self.roots):
+                for path, candidate in root.named_modules():
+                    if candidate is module:
+                        self.values.append((at, path, collection, name, value))
+                        return
+
+
+class _Guard:
+    """The state before a call that may not change all of it; put back if it did."""
+
+    def __init__(self, config: _Jit, roots: Sequence[nn.Module], label: str):
+        self.config, self.roots, self.label = config, roots, label
+        self.before = [
+            (owner, store, key, tensor, _compat.version(tensor), tensor.detach().clone() if store == "_buffers" else None)
+            for root in roots
+            for owner in root.modules()
+            for store, key, tensor in own_tensors(owner)
+        ]
+        self.draws = None if matches(config.rngs, rng.DROPOUT) else rng.default_states()
+
+    def check(self) -> None:
+        for owner, store, key, tensor, version, _ in self.before:
+            collection = collection_of(owner, store, key)
+            now = owner.__dict__[store].get(key)
+            if (now is not tensor or _compat.version(tensor) != version) and not matches(
+                self.config.variables, collection
+            ):
+                self._restore()
+                raise ModifyCollectionError(
+                    f"{self.label}: changed {key!r} of collection {collection!r}, which is read-only there; add "
+                    f"{collection!r} to variables="
+                )
+        if self.draws is not None and rng.drew(self.draws):
+            self._restore()
+            rng.restore_defaults(self.draws)
+            raise RandomnessError(f"{self.label}: drew from the random stream 'dropout'; add 'dropout' to rngs=")
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for owner, store, key, tensor, version, value in self.before:
+            owner.__dict__[store][key] = tensor
+            if value is not None and _compat.version(tensor) != version:
+                tensor.copy_(value)
+
+
+# Donation ------------------------------------------------------------------------------------------------------------
+
+
+class _Donated(Tensor):
+    """NOTE [Donation]. What a donated tensor becomes: empty, so that its memory is free, and of a class of which every
+    use raises. Freeing the storage alone would let a later use crash."""
+
+    _torchlift_donated_to: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise next(x for x in _tree.flatten((args, kwargs))[0] if isinstance(x, _Donated)).error()
+
+    def error(self) -> DonatedTensorError:
+        return DonatedTensorError(
+            f"a tensor was used that had been donated to {self.__dict__['_torchlift_donated_to']}; use what the call "
+            "returned, or do not donate it"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return "<donated tensor>"
+
+
+def _give_up(donated: list[tuple[Tensor, str]], out: Any, roots: Sequence[nn.Module]) -> Any:
+    """Takes donated tensors from their owners; ``out``, with new tensors where it has donated ones."""
+    mine = {tensor for tensor, _ in donated}
+    alias = lambda x: x.detach() if isinstance(x, Tensor) and x in mine else x
+    out = _tree.map_leaves(alias, out)
+    for root in roots:
+        for owner in root.modules():
+            for store, key, tensor in list(own_tensors(owner)):
+                owner.__dict__[store][key] = alias(tensor)
+    for tensor, to in donated:
+        tensor.data = tensor.new_empty(0)
+        tensor.__dict__["_torchlift_donated_to"] = to
+        tensor.__class__ = _Donated
+    return out
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(fn: Callable[..., Any], positions: tuple[int, ...], names: tuple[str, ...], where: str) -> _Places:
+    """Arguments told by position or by name, each by both where it can be passed by both."""
+    parameters = list(inspect.signature(fn).parameters.values())
+    ordered = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    open_ended = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    by_name = {p.name: at for at, p in enumerate(ordered) if p.kind is p.POSITIONAL_OR_KEYWORD}
+    by_position = {at: name for name, at in by_name.items()}
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    open_names = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for at in positions:
+        if at % max(len(ordered), 1) == 0 and abs(at) <= len(ordered) and at <= 0:
+            raise ArgumentError(f"{where}_argnums has {at}, which is the module; count its arguments from 1")
+        if not (-len(ordered) < at < len(ordered) or (open_ended and at > 0)):
+            raise ArgumentError(f"{where}_argnums has {at}, expected 1 to {len(ordered) - 1}, the module being 0")
+    for name in names:
+        if name not in known and not open_names:
+            raise ArgumentError(f"{where}_argnames has {name!r}, expected one of {[p.name for p in parameters[1:]]}")
+    numbers = {at % len(ordered) if at < 0 else at for at in positions}
+    return _Places(
+        frozenset(numbers | {by_name[name] for name in names if name in by_name}),
+        frozenset({*names, *(by_position[at] for at in numbers if at in by_position)}),
+    )
+
+
+def _roots(module: nn.Module, args: Any, kwargs: Any) -> list[nn.Module]:
+    roots = [module]
+    for leaf in _tree.flatten((args, kwargs))[0]:
+        if isinstance(leaf, nn.Module):
+            roots.append(leaf)
+        elif isinstance(leaf, Variable):
+            roots.append(leaf.module)
+    return roots
+
+
+def _tensors(roots: Sequence[nn.Module]) -> list[Tensor]:
+    return [tensor for root in roots for owner in root.modules() for _, _, tensor in own_tensors(owner)]
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def jit(
+    target: Target = None,
+    variables: Filter = True,
+    rngs: Filter = True,
+    static_argnums: int | Iterable[int] = (),
+    donate_argnums: int | Iterable[int] = (),
+    device: torch.device | str | None = None,
+    backend: str | Callable[..., Any] | None = None,
+    methods: Any = None,
+    *,
+    static_argnames: str | Iterable[str] = (),
+    donate_argnames: str | Iterable[str] = (),
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Compiles a module's methods.
+
+    The lifted counterpart of ``jax.jit`` (and of ``flax.linen.jit``), by way of ``torch.compile``. One compilation
+    serves all instances of a class whose static fields agree; there is one more for each new static argument, one for
+    the first other batch size, and no limit to their number. A body that cannot be captured as one graph raises, rather
+    than run slowly. Inside of another transform, ``torch.compile`` among them, the body is part of that.
+
+    Args:
+        target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as
+            a decorator.
+        variables: the collections that the body may change.
+        rngs: the random streams that it may draw from. The draws are those of the plain call where the backend keeps
+            them; Inductor does with ``options={"fallback_random": True}``.
+        static_argnums: arguments, by position with the module as 0, that are constants in the graph: any hashable
+            value.
+        donate_argnums: arguments whose memory is freed after the call; a later use of them raises. Refused where a
+            gradient is recorded.
+        device: where all tensors have to be; it is checked, and nothing is moved.
+        backend: that of ``torch.compile``; Inductor by default.
+        methods: the methods to lift, for a class: a list, or a dict of arguments for each.
+        static_argnames: as ``static_argnums``, by name.
+        donate_argnames: as ``donate_argnums``, by name.
+        fullgraph: False lets Python run between several graphs, where the body cannot be captured as one.
+        dynamic: that of ``torch.compile``.
+        mode: that of ``torch.compile``.
+        options: those of ``torch.compile``.
+
+    Returns:
+        A subclass of ``target``, or a function of the same signature, with the same values, gradients and state.
+
+    Raises:
+        ArgumentError: a static argument is not hashable, a number or name fits no argument, a tensor is elsewhere than
+            on ``device``.
+        DonatedTensorError: a donated tensor was used, or is donated where autograd may need it.
+        ModifyCollectionError: the body changed a collection outside of ``variables``.
+        RandomnessError: the body drew from a stream outside of ``rngs``.
+        TransformTargetError: ``target`` is a module instance, or nothing that can be lifted.
+        UnsupportedError: the body cannot be captured as one graph, with torch's reason.
+
+    Example:
+        >>> Fast = torchlift.jit(torch.nn.Linear, backend="aot_eager")
+        >>> layers = [Fast(4, 4) for _ in range(3)]  # compiled once for all
+        >>> layers[0](torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
+    arguments = {
+        "variables": variables, "rngs": rngs, "static_argnums": _as_tuple(static_argnums),
+        "donate_argnums": _as_tuple(donate_argnums), "device": device, "backend": backend,
+        "static_argnames": _as_tuple(static_argnames), "donate_argnames": _as_tuple(donate_argnames),
+        "fullgraph": fullgraph, "dynamic": dynamic, "mode": mode, "options": options,
+    }  # fmt: skip
+    return lift(_Jit, target, arguments, methods)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, (int, str)) else tuple(value)
