@@ -87,7 +87,9 @@ def test_jvp_and_its_nestings_inside(name):
         return jvp(lambda x: jvp(f, (x,), (t,))[1], (x,), (t,))[1]
 
     cubed = lambda x: collective(x) ** 3
-    torch.testing.assert_close(mapped(lambda x, t: jvp(cubed, (x,), (t,))[1])(x, t), jvp(lambda x: full(x) ** 3, (x,), (t,))[1])
+    torch.testing.assert_close(
+        mapped(lambda x, t: jvp(cubed, (x,), (t,))[1])(x, t), jvp(lambda x: full(x) ** 3, (x,), (t,))[1]
+    )
     torch.testing.assert_close(mapped(lambda x, t: twice(cubed, x, t))(x, t), twice(lambda x: full(x) ** 3, x, t))
 
     def total(xs):
@@ -324,7 +326,9 @@ def test_sync_batch_norm_refuses_what_it_cannot_convert():
 
 @pytest.mark.parametrize("collective", [psum, pmean, pmax, pmin, all_gather])
 def test_an_unknown_name_lists_the_known_ones(collective):
-    with pytest.raises(torchlift.AxisNameError, match=rf"{collective.__name__}: got the axis name 'j', expected one of \['i'\]"):
+    with pytest.raises(
+        torchlift.AxisNameError, match=rf"{collective.__name__}: got the axis name 'j', expected one of \['i'\]"
+    ):
         mapped(lambda x: collective(x, "j"))(torch.ones(2))
     with pytest.raises(NameError, match=r"axis_name='j'"):
         collective(torch.ones(2), "j")
@@ -333,7 +337,9 @@ def test_an_unknown_name_lists_the_known_ones(collective):
 
 
 def test_all_gather_names_an_axis_that_is_not_there():
-    with pytest.raises(torchlift.AxisError, match=r"all_gather: axis is 2, expected -2 to 1 for a value of shape \(3,\)"):
+    with pytest.raises(
+        torchlift.AxisError, match=r"all_gather: axis is 2, expected -2 to 1 for a value of shape \(3,\)"
+    ):
         mapped(lambda x: all_gather(x, "i", axis=2))(torch.ones(N, D))
     with pytest.raises(torchlift.AxisError, match=r"axis is 1, expected -1 to 0 .* with tiled=True"):
         mapped(lambda x: all_gather(x, "i", axis=1, tiled=True))(torch.ones(N, D))
@@ -345,12 +351,22 @@ def test_a_collective_needs_all_indices_at_once():
             mapped(lambda x, c=collective: c(x, "i"), chunk_size=2)(torch.ones(N, D))
 
 
-def test_a_collective_that_outlives_its_map_is_refused():
-    for collective in (psum, pmax, all_gather):
-        kept = []
-        mapped(lambda x: kept.append(torchlift._context.context.axes) or x)(torch.ones(N))
-        with torchlift._context.entered(axes=kept[0]), pytest.raises((torchlift.UnsupportedError, RuntimeError), match="."):
-            collective(torch.ones(2), "i")
+def test_a_collective_in_a_map_that_runs_index_by_index_is_refused():
+    def body(m, x):
+        return psum(x, "i") + torch.rand(1) + torch.rand(1, generator=torchlift.make_rng("noise"))
+
+    run = torchlift.vmap(body, axis_name="i", split_rngs={"dropout": True, "noise": False})
+    with (
+        torchlift.seed_rngs(noise=0),
+        pytest.raises(torchlift.UnsupportedError, match="split all random streams alike"),
+    ):
+        run(NOTHING, torch.ones(N, D))
+    for collective in (pmax, all_gather):
+        run = torchlift.vmap(
+            lambda m, x, c=collective: c(x, "i"), axis_name="i", split_rngs={"dropout": True, "noise": False}
+        )
+        with torchlift.seed_rngs(noise=0), pytest.raises(torchlift.UnsupportedError, match="index by index"):
+            run(NOTHING, torch.ones(N, D))
 
 
 def test_vjp_inside_and_two_threads():

@@ -128,6 +128,15 @@ def test_construction_that_differs_from_index_to_index_is_refused():
             if second and how == "name":
                 self.v = nn.Parameter(torch.ones(2))
 
+    class Setting(nn.Linear):
+        def __init__(self):
+            super().__init__(1, 1)
+            built.append(self)
+            self.index = len(built)
+
+    with pytest.raises(LayerMismatchError, match=r"module 1: 'index' is 2, expected 1 as in module 0"):
+        vmap(Setting, variable_axes={"params": 0}, axis_size=2)()
+    built.clear()
     for how, match in (
         ("shape", r"'w' of module 1 is \(3,\) torch.float64, expected \(2,\) torch.float64 as in module 0"),
         ("grad", r"'w' of module 1 has requires_grad=False, expected True as in module 0: a stack is frozen as a whole"),
@@ -371,6 +380,21 @@ def test_a_stack_runs_through_the_function_forms_only():
             lambda: stack_modules([nn.Linear(1, 2), nn.Linear(1, 2).half()]),
             LayerMismatchError,
             "torch.float16, expected",
+        ),
+        (
+            lambda: stack_modules([nn.Dropout(0.1), nn.Dropout(0.9)]),
+            LayerMismatchError,
+            "stack_modules: module 1: 'p' is 0.9, expected 0.1 as in module 0: a stack has one for all",
+        ),
+        (
+            lambda: stack_modules([nn.Sequential(nn.Linear(1, 1), act) for act in (nn.ReLU(), nn.Tanh())]),
+            LayerMismatchError,
+            "module 1: '1' is a Tanh, expected a ReLU as in module 0",
+        ),
+        (
+            lambda: lazy_class().from_modules([nn.Linear(1, 1), nn.Linear(1, 1).eval()]),
+            LayerMismatchError,
+            r"vmap\(Linear, .*\): module 1: 'training' is False, expected True",
         ),
         (lambda: unstack_modules(nn.Linear(1, 1)), StackedModuleError, "got a Linear, expected what stack_modules"),
         (

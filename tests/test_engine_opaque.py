@@ -238,6 +238,27 @@ def test_a_closed_over_tensor_is_refused():
         torch.compile(forward, fullgraph=True, backend="aot_eager")(torch.ones(2, 4))
 
 
+def test_named_tuples_go_in_and_come_out():
+    @torch.compiler.assume_constant_result
+    def make():
+        def fn(c, h, x):
+            assert isinstance(c, Pair) and isinstance(h, Pair)
+            return Pair(h.first * c.first + x["x"][0], h.second + c.second[0]), None
+
+        return register_body("pairs", lambda: Body(fn, "pairs", "scan(pairs)"))
+
+    def forward(a, b):
+        out, _ = opaque_run(
+            make(), Pair(a, [b]), Pair(a, b), Stacked({"x": (torch.stack([a, b]),)}), 2, compile={"backend": "aot_eager"}
+        )  # fmt: skip
+        return out
+
+    a, b = torch.randn(3), torch.randn(3)
+    got = torch.compile(forward, fullgraph=True, backend="aot_eager")(a, b)
+    assert isinstance(got, Pair)
+    torch.testing.assert_close(got, Pair((a * a + a) * a + b, 3 * b))
+
+
 def test_outside_of_a_compiled_graph_it_is_run():
     model = Layers(3, True, rate=0.0)
     x = torch.randn(2, 4, requires_grad=True)

@@ -2,20 +2,10 @@
 
 import pytest
 import torch
-from matrix.build import Cell
-from matrix.contexts import CONTEXTS, fits
-from matrix.modules import MODULES
-from matrix.refusals import refusal_of
-from matrix.twins import TRANSFORMS
-
-CELLS = [
-    cell
-    for transform in TRANSFORMS
-    for module in MODULES
-    for form in ("class", "function")
-    for context in CONTEXTS
-    if fits(cell := Cell(transform, module, form, context))
-]
+from matrix.__main__ import limits
+from matrix.cells import CELLS, is_slow
+from matrix.contexts import CONTEXTS
+from matrix.refusals import REFUSALS, refusal_of
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +17,12 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+def _param(cell):
+    return pytest.param(cell, marks=[pytest.mark.slow] if is_slow(cell) else [], id=str(cell))
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("cell", [_param(cell) for cell in CELLS])
 def test_cell(cell, float64):
     run, refusal = CONTEXTS[cell.context], refusal_of(cell)
     if refusal is None:
@@ -36,3 +30,9 @@ def test_cell(cell, float64):
     else:
         with pytest.raises(refusal.error, match=refusal.match):
             run(cell)
+
+
+def test_every_refusal_is_of_some_cell_and_in_the_list():
+    refused = [refusal_of(cell) for cell in CELLS]
+    assert all(refusal in refused for refusal in REFUSALS)
+    assert len(limits()) == len(REFUSALS)

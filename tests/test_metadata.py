@@ -158,15 +158,21 @@ def test_remove_axis_undoes_add_axis(names, index, name):
 
 def test_errors():
     linear = nn.Linear(2, 3)
-    with pytest.raises(torchlift.MetadataError, match=r"got 1 names \('a',\), expected 2, one for each axis of shape \(3, 2\)"):
+    with pytest.raises(
+        torchlift.MetadataError, match=r"got 1 names \('a',\), expected 2, one for each axis of shape \(3, 2\)"
+    ):
         with_partitioning(linear, "weight", ("a",))
-    with pytest.raises(torchlift.MetadataError, match=r"no such parameter or buffer, expected one of \['weight', 'bias'\]"):
+    with pytest.raises(
+        torchlift.MetadataError, match=r"no such parameter or buffer, expected one of \['weight', 'bias'\]"
+    ):
         with_partitioning(linear, "kernel", ("a", "b"))
     with pytest.raises(torchlift.MetadataError, match="expected a name or None for each axis"):
         Partitioned((1, 2))
     with pytest.raises(torchlift.MetadataError, match=r"metadata_params=\{torchlift.PARTITION_NAME: name\}"):
         torchlift.vmap(Mlp, {"params": 0}, axis_size=2)()
-    with pytest.raises(torchlift.MetadataError, match="axis 0 of .* is to be removed, expected it to be named 'layers'"):
+    with pytest.raises(
+        torchlift.MetadataError, match="axis 0 of .* is to be removed, expected it to be named 'layers'"
+    ):
         Partitioned(("a",)).remove_axis(0, {PARTITION_NAME: "layers"})
     for method in ("add_axis", "remove_axis"):
         with pytest.raises(NotImplementedError, match=f"AxisMetadata.{method}"):
@@ -219,9 +225,13 @@ def test_shard_errors(mesh):
     bare = torch.distributed.init_device_mesh("cpu", (1,))
     with pytest.raises(torchlift.MetadataError, match="expected one made with mesh_dim_names="):
         torchlift.shard(Mlp(), bare)
-    with pytest.raises(torchlift.MetadataError, match=r"the rule for 'mlp' leads to 'tensor', expected .*'data', 'model'"):
+    with pytest.raises(
+        torchlift.MetadataError, match=r"the rule for 'mlp' leads to 'tensor', expected .*'data', 'model'"
+    ):
         torchlift.shard(Mlp(), mesh, {"mlp": "tensor"})
-    with pytest.raises(torchlift.MetadataError, match="up.weight: two axes of .* lead to 'model', expected one at most"):
+    with pytest.raises(
+        torchlift.MetadataError, match="up.weight: two axes of .* lead to 'model', expected one at most"
+    ):
         torchlift.shard(Mlp(), mesh, {"mlp": "model", "embed": "model"})
     stack = torchlift.vmap(
         torchlift.scan(Step, {"params": 1}, length=3, compile=False, **LAYERS),

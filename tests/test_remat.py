@@ -194,7 +194,7 @@ def test_a_chain_of_blocks_keeps_only_their_inputs():
 
     state = sum(b.nbytes for block in blocks for b in block.buffers())
     assert held(remat(Block.forward)) <= len(blocks) * x.nbytes + 3 * state
-    assert held(Block.forward) > 15 * len(blocks) * x.nbytes
+    assert held(Block.forward) > 10 * len(blocks) * x.nbytes
 
 
 def test_is_recomputing_tells():

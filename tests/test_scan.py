@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import pickle
 import warnings
+from array import array
 from typing import Any
 
 import pytest
@@ -170,7 +171,7 @@ def test_no_ys_and_no_xs():
         ),
         (
             lambda: scan(lambda m, c, x: (c, x), out_axes=2, compile=False)(Cell(), 0, torch.ones(2)),
-            "out axis 2 does not exist in a value of 1 dimensions, stacked",
+            "out axis 2 does not exist in a value of 1 dimensions, the scanned one included",
         ),
         (lambda: remat_scan(nn.Linear), r"remat_scan: lengths is empty, expected .*, as in \(4, 6\)"),
     ],
@@ -376,6 +377,15 @@ def test_set_stance_is_honoured():
         lifted(cell, carry, xs)  # warned once
     close(lifted(cell, carry, xs), loop(cell, carry, xs))
     assert last_report().path == "compiled"
+
+
+def test_a_body_whose_content_cannot_be_told_runs_as_the_plain_loop():
+    cell, carry, xs = Cell(), torch.randn(SIZE), torch.randn(T, SIZE)
+    for name, value in (("array", array("d", [1.0])), ("deep", [[[[[[[[1]]]]]]]])):
+        cell.extra = value
+        lifted = scan(Cell.forward, compile={**AOT, "options": {name: 1}})
+        with pytest.warns(TorchliftCompileWarning, match=r"scan\(Cell.forward, .*\) runs as a plain Python loop: a plain"):
+            close(lifted(cell, carry, xs), loop(cell, carry, xs))
 
 
 @PATHS

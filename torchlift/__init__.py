@@ -10,11 +10,16 @@ from torchlift.engine.policies import checkpoint_name, checkpoint_policies
 from torchlift.engine.remat import is_recomputing
 from torchlift.errors import (
     AliasError,
+    ArgumentError,
     AxisError,
+    AxisNameError,
+    BranchError,
     CarryError,
     ClosureError,
+    DonatedTensorError,
     FilterError,
     LayerMismatchError,
+    MetadataError,
     ModifyCollectionError,
     PlainAttributeError,
     PublishError,
@@ -43,6 +48,7 @@ from torchlift.transforms.control_flow import cond, switch
 from torchlift.transforms.custom_vjp import custom_vjp
 from torchlift.transforms.iterations import broadcast
 from torchlift.transforms.jit import jit
+from torchlift.transforms.map_variables import map_variables
 from torchlift.transforms.metadata_axis import add_metadata_axis
 from torchlift.transforms.profiling import disable_named_call, enable_named_call, named_call, override_named_call
 from torchlift.transforms.remat import checkpoint, remat
@@ -56,14 +62,19 @@ __version__ = "0.1.0"
 __all__ = [
     "PARTITION_NAME",
     "AliasError",
+    "ArgumentError",
     "AxisError",
     "AxisMetadata",
+    "AxisNameError",
+    "BranchError",
     "CarryError",
     "ClosureError",
     "DenyList",
+    "DonatedTensorError",
     "FilterError",
     "In",
     "LayerMismatchError",
+    "MetadataError",
     "ModifyCollectionError",
     "Out",
     "Partitioned",
@@ -100,6 +111,7 @@ __all__ = [
     "jit",
     "jvp",
     "make_rng",
+    "map_variables",
     "named_call",
     "override_named_call",
     "pmax",

@@ -443,12 +443,12 @@ def kept_in_graphs(*functions: Callable[..., Any]) -> Callable[[], bool]:
 
 
 class MappedAxis(NamedTuple):
-    """One ``vmap`` in effect. ``index`` is a tensor that it maps, and no other."""
+    """One ``vmap`` in effect. ``marker``, the number of the row, is a tensor that it maps, and no other."""
 
     level: int
     size: int
     randomness: str
-    index: torch.Tensor
+    marker: torch.Tensor
 
 
 def levels_of(tensor: torch.Tensor) -> list[int]:
@@ -477,12 +477,13 @@ def mapped_axes(tensor: torch.Tensor) -> list[MappedAxis]:
 
     levels = mapped_levels(tensor)
     found = []
+    i: Any
     for i in pyfunctorch.retrieve_all_functorch_interpreters():
         if i.key() == TransformType.Vmap and i.level() in levels:
             with pyfunctorch.temporarily_clear_interpreter_stack():
-                index = torch.arange(i.batch_size())
-            index = _add_batch_dim(index, 0, i.level())
-            found.append(MappedAxis(i.level(), i.batch_size(), i.randomness(), index))
+                numbers = torch.arange(i.batch_size())
+            marker = _add_batch_dim(numbers, 0, i.level())
+            found.append(MappedAxis(i.level(), i.batch_size(), i.randomness(), marker))
     return found
 
 
@@ -541,25 +542,15 @@ def is_profiling() -> bool:
     return torch.autograd._profiler_enabled()
 
 
-_spans_before: list[bool] = []
+def kept_in_order(*ops: Any) -> Callable[[], bool]:
+    """What Dynamo has to call before it meets ``ops``, which return nothing, for compilers to keep them, in order."""
 
+    def keep() -> bool:
+        from torch._higher_order_ops import effects
 
-def keep_spans() -> bool:
-    """Called while Dynamo traces: it puts the ``record_function`` that it meets next into its graph."""
-    config: Any = sys.modules["torch._dynamo"].config
-    if not _spans_before and hasattr(config, "capture_profiler_record_function"):
-        _spans_before.append(config.capture_profiler_record_function)
-        config.capture_profiler_record_function = True
-    return True
+        for op in ops:
+            effects._register_effectful_op(op, effects._EffectType.ORDERED)
+        return True
 
-
-def keep_spans_no_more() -> bool:
-    """Undoes :func:`keep_spans`."""
-    while _spans_before:
-        config: Any = sys.modules["torch._dynamo"].config
-        config.capture_profiler_record_function = _spans_before.pop()
-    return True
-
-
-for _function in (keep_spans, keep_spans_no_more):  # Dynamo calls them, rather than trace them
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    keep._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
+    return keep

@@ -67,11 +67,13 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        return _sum(cotangent, *ctx.saved_tensors, ctx.size), None, None
+        (index,) = ctx.saved_tensors
+        return _sum(cotangent, index, ctx.size), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _sum(tangent, *ctx.saved_tensors, ctx.size)
+        (index,) = ctx.saved_tensors
+        return _sum(tangent, index, ctx.size)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, index: Tensor, size: int) -> tuple[Tensor, int | None]:
@@ -141,7 +143,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _gather(tangent, *ctx.saved_tensors, ctx.size, ctx.axis)
+        (index,) = ctx.saved_tensors
+        return _gather(tangent, index, ctx.size, ctx.axis)
 
     @staticmethod
     def vmap(
@@ -335,8 +338,10 @@ def all_gather(x: Any, axis_name: Names, *, axis: int = 0, tiled: bool = False) 
     def place(leaf: Tensor) -> int:
         ndim = leaf.ndim if tiled else leaf.ndim + 1
         if not -ndim <= axis < ndim:
-            raise AxisError(f"all_gather: axis is {axis}, expected {-ndim} to {ndim - 1} for a value of shape "
-                            f"{tuple(leaf.shape)}" + (" with tiled=True" if tiled else ""))
+            raise AxisError(
+                f"all_gather: axis is {axis}, expected {-ndim} to {ndim - 1} for a value of shape "
+                f"{tuple(leaf.shape)}" + (" with tiled=True" if tiled else "")
+            )
         return axis % ndim
 
     def of_leaf(leaf: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torchlift.errors import MetadataError
 PARTITION_NAME = "partition_name"
 
 # NOTE [Metadata]. In a module's __dict__: {name of its own parameter or buffer: AxisMetadata}. Not on the parameter,
-# whose attributes deepcopy loses. Replaced, never mutated: modules bound in a body share it with the one they stand for.
+# whose attributes deepcopy loses. Replaced, never mutated: modules bound in a body share it with their own.
 METADATA = "_torchlift_metadata"
 
 
@@ -108,7 +108,8 @@ def with_partitioning(module: nn.Module, name: str, names: Sequence[str | None] 
         ...     def __init__(self, *args):
         ...         super().__init__(*args)
         ...         torchlift.with_partitioning(self, "weight", ("mlp", "embed"))
-        >>> Layers = torchlift.vmap(Mlp, {"params": 0}, axis_size=3, metadata_params={torchlift.PARTITION_NAME: "layers"})
+        >>> named = {torchlift.PARTITION_NAME: "layers"}
+        >>> Layers = torchlift.vmap(Mlp, {"params": 0}, axis_size=3, metadata_params=named)
         >>> torchlift.axis_metadata(Layers(2, 4))
         {'weight': Partitioned(names=('layers', 'mlp', 'embed'))}
     """

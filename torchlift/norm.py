@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,11 +41,13 @@ class _SyncBatchNorm(_compat.BatchNorm):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        self.num_batches_tracked += 1
-        # Not lerp with a Python number: the momentum may be None, for a cumulative average.
-        rate = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        self.running_mean += rate * (mean.detach() - self.running_mean)
-        self.running_var += rate * (var.detach() - self.running_var)
+        running_mean: Any = self.running_mean
+        running_var: Any = self.running_var
+        count: Any = self.num_batches_tracked
+        count.add_(1)
+        rate = 1.0 / count.to(mean.dtype) if self.momentum is None else self.momentum  # None: a cumulative average
+        running_mean.add_(rate * (mean - running_mean))
+        running_var.add_(rate * (var - running_var))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, axis_name={self.axis_name!r}"

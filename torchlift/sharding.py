@@ -54,7 +54,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, rules: Mapping[str, str | None] |
     for path, owner in module.named_modules():
         for store, key, tensor in list(own_tensors(owner)):
             where = f"shard: {path}.{key}" if path else f"shard: {key}"
-            placements = _placements(owner, key, tensor, known, rules, where, _loop_axes(module, path, store, key, tensor))
+            placements = _placements(
+                owner, key, tensor, known, rules, where, _loop_axes(module, path, store, key, tensor)
+            )
             if tensor not in new:
                 spread: Tensor = distribute_tensor(tensor.detach(), mesh, placements)
                 is_param = isinstance(tensor, nn.Parameter)
@@ -72,13 +74,13 @@ def _placements(
     placements: list[Any] = [Replicate() for _ in known]
     metadata = owner.__dict__.get(METADATA, {}).get(key)
     for axis, name in enumerate(metadata.names if isinstance(metadata, Partitioned) else ()):
-        dim = rules.get(name)
+        dim = None if name is None else rules.get(name)
         if dim is None:
             continue
         if axis in loops:
             raise MetadataError(
-                f"{where}: axis {axis}, {name!r}, is that of a scan, which runs every iteration on every device, but its "
-                f"rule leads to {dim!r}; give it None"
+                f"{where}: axis {axis}, {name!r}, is that of a scan, which runs every iteration on every device, but "
+                f"its rule leads to {dim!r}; give it None"
             )
         at = known.index(dim)
         if not isinstance(placements[at], Replicate):

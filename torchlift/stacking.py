@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, metadata, rng
+from torchlift import _compat, fingerprint, metadata, rng
 from torchlift.collecting import idle_in_bodies
 from torchlift.errors import AxisError, LayerMismatchError, StackedModuleError
 from torchlift.groups import Groups
@@ -82,7 +82,10 @@ def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...],
         owner.__dict__[store][key] = stacks[tensor]
     _replace_in_lists(first, stacks)
     for index in range(1, math.prod(sizes)):
-        _copy_in(slots, next(modules), index, sizes, how)
+        module = next(modules)
+        if (other := fingerprint.other_setting(first, module)) is not None:
+            raise LayerMismatchError(f"{how.label}: module {index}: {other} as in module 0: a stack has one for all")
+        _copy_in(slots, module, index, sizes, how)
 
 
 def _stack_like(tensor: Tensor, axis: int | None, sizes: tuple[int, ...], where: str) -> Tensor:

@@ -141,7 +141,7 @@ class Collections(Linear):
     def __init__(self):
         super().__init__()
         torchlift.variable(self, "state", "mean", torch.randn, D)
-        torchlift.variable(self, "count", "calls", torch.zeros, ())
+        torchlift.variable(self, "count", "calls", torch.zeros, 1)
 
     def work(self, x):
         y = super().work(x) + self.mean * (1.0 + self.calls)

@@ -35,7 +35,7 @@ from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, plain_run
 from torchlift.engine.node import Plan, Program, Residuals, pieces_of, run_backward, run_forward
-from torchlift.engine.structure import decode, encode
+from torchlift.engine.structure import decode, encode, mutable
 from torchlift.engine.trees import Template, split
 from torchlift.errors import TorchliftCompileWarning, TorchliftError
 
@@ -95,8 +95,6 @@ def opaque_run(
     """
     site = _new_site()
     stacked = isinstance(xs, Stacked)
-    leaves: list[Any] = []
-    structure = encode((consts, carry, xs.tree if stacked else xs), leaves)
     options = (
         ("reverse", reverse),
         ("shared_draws", shared_draws),
@@ -105,7 +103,8 @@ def opaque_run(
         ("lengths", None if lengths is None else tuple(lengths)),
         ("every", every),
     )
-    outs = _in_graph(key, site, length, stacked, options, _backend(compile), structure, leaves)
+    # As they are: Dynamo is slow at taking trees of a thousand parameters apart.
+    outs = _in_graph(key, site, length, stacked, options, _backend(compile), consts, carry, xs.tree if stacked else xs)
     carry_structure, y_structures = _y_structure(site)
     at = iter(outs)
     carry = decode(carry_structure, at)
@@ -155,11 +154,11 @@ class _Handle:
 
 @_compat.allow_in_graph
 def _in_graph(
-    key: str, site: int, length: int, stacked: bool, options: Options, backend: Any, structure: Any, leaves: list[Any]
+    key: str, site: int, length: int, stacked: bool, options: Options, backend: Any, consts: Tree, carry: Tree, xs: Tree
 ) -> list[torch.Tensor]:
     factory, policy = _bodies[key]
     body = factory()
-    consts, carry, xs = decode(structure, iter(leaves))
+    consts, carry, xs = mutable((consts, carry, xs))
     settings = dict(options)
     if settings["remat"] == "policy":
         settings["remat"] = policy

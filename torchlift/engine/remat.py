@@ -19,7 +19,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -271,6 +271,7 @@ class _Recomputing:
 # --- ordinary autograd --------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable(recursive=False)  # after a graph break Dynamo would trace this frame, and cannot
 def _with_hooks(call: _Call, operands: Tensors) -> Tensors:
     failure: BaseException | None = None
     ran = False
@@ -326,12 +327,28 @@ class _Call:
     first: Callable[..., Tensors]
     again: Callable[..., Tensors]
     hooked: Callable[..., Tensors] | None = None
+    shared: list[bool] = field(default_factory=list)  # of a mapped call that ran: which results no index differs in
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> _Call:
-        def over(run: Callable[..., Tensors]) -> Callable[..., Tensors]:
-            return torch.func.vmap(run, in_dims, 0, randomness)
+        """NOTE [Shared results]. A result that does not depend on what is mapped comes out once, as it does without
+        remat: state that all indices share can then be written."""
+        shared: list[bool] = []
 
-        return _Call(self.region, over(self.first), over(self.again), self.hooked and over(self.hooked))
+        def over(run: Callable[..., Tensors]) -> Callable[..., Tensors]:
+            def one(*operands: torch.Tensor) -> Tensors:
+                out = run(*operands)
+                level = _compat.functorch_depth()
+                shared[:] = [_compat.functorch_level(tensor) < level for tensor in out]
+                return out
+
+            def every(*operands: torch.Tensor) -> Tensors:
+                out = torch.func.vmap(one, in_dims, 0, randomness)(*operands)
+                shared[:] = [same and len(tensor) > 0 for same, tensor in zip(shared, out)]
+                return tuple(tensor[0] if same else tensor for same, tensor in zip(shared, out))
+
+            return every
+
+        return _Call(self.region, over(self.first), over(self.again), self.hooked and over(self.hooked), shared)
 
 
 class _Pullback(_Call):
@@ -397,5 +414,6 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *operands: torch.Tensor) -> tuple[Tensors, Any]:
-        out = _apply(call.mapped(in_dims[1:], info.randomness), *operands)
-        return out, (0,) * len(out)
+        mapped = call.mapped(in_dims[1:], info.randomness)
+        out = _apply(mapped, *operands)
+        return out, tuple(None if same else 0 for same in mapped.shared or [False] * len(out))

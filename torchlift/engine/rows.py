@@ -22,10 +22,10 @@ from torchlift._compat import pytree
 
 
 class _Gather(torch.autograd.Function):
-    """``x`` at all indices of the axis that maps ``index``, on a new axis 0."""
+    """``x`` at all rows of the axis that maps ``marker``, on a new axis 0."""
 
     @staticmethod
-    def forward(index: Tensor, x: Tensor) -> Tensor:
+    def forward(marker: Tensor, x: Tensor) -> Tensor:
         raise AssertionError("rows outlived the vmap that maps them")  # pragma: no cover
 
     @staticmethod
@@ -42,20 +42,20 @@ class _Gather(torch.autograd.Function):
         return _Gather.apply(*ctx.saved_tensors, tangent)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], index: Tensor, x: Tensor) -> tuple[Tensor, int | None]:
+    def vmap(info: Any, in_dims: tuple[Any, Any], marker: Tensor, x: Tensor) -> tuple[Tensor, int | None]:
         here, dim = in_dims
         if here is None:  # another axis: x is mapped there
-            return _Gather.apply(index, x.movedim(dim, 0)), 1
+            return _Gather.apply(marker, x.movedim(dim, 0)), 1
         # Copied: the result of a function may not be a view of its operand.
         rows = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         return rows.clone(), None
 
 
 class _Scatter(torch.autograd.Function):
-    """What lies on axis 0 of ``x`` at the index where this code runs, on the axis that maps ``index``."""
+    """What lies on axis 0 of ``x`` at the row where this code runs, on the axis that maps ``marker``."""
 
     @staticmethod
-    def forward(index: Tensor, x: Tensor) -> Tensor:
+    def forward(marker: Tensor, x: Tensor) -> Tensor:
         raise AssertionError("rows outlived the vmap that maps them")  # pragma: no cover
 
     @staticmethod
@@ -72,10 +72,10 @@ class _Scatter(torch.autograd.Function):
         return _Scatter.apply(*ctx.saved_tensors, tangent)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], index: Tensor, x: Tensor) -> tuple[Tensor, int | None]:
+    def vmap(info: Any, in_dims: tuple[Any, Any], marker: Tensor, x: Tensor) -> tuple[Tensor, int | None]:
         here, dim = in_dims
         if here is None:
-            return _Scatter.apply(index, x.movedim(dim, 1)), 0
+            return _Scatter.apply(marker, x.movedim(dim, 1)), 0
         return x.clone(), 0
 
 
@@ -110,14 +110,14 @@ class Rows:
     def gather(self, x: Tensor) -> Tensor:
         """``x`` at every row, on axis 0."""
         for axis in reversed(self.axes):
-            x = _Gather.apply(axis.index, x)
+            x = _Gather.apply(axis.marker, x)
         return x.flatten(0, len(self.axes) - 1)
 
     def scatter(self, x: Tensor) -> Tensor:
         """To each row its part of ``x``, which has the rows on axis 0."""
         x = x.unflatten(0, self.sizes)
         for axis in self.axes:
-            x = _Scatter.apply(axis.index, x)
+            x = _Scatter.apply(axis.marker, x)
         return x
 
     def values(self, x: Tensor) -> Tensor:

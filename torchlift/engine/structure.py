@@ -57,3 +57,14 @@ def decode(structure: Any, leaves: Iterator[Any]) -> Any:
     if kind == "named":
         return getattr(_classes, what)(*children)
     return children if kind == "list" else tuple(children)
+
+
+def mutable(tree: Any) -> Any:
+    """``tree`` with plain dicts and lists where a graph held it as immutable ones."""
+    if isinstance(tree, dict):
+        return {key: mutable(value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*map(mutable, tree))
+    if isinstance(tree, list | tuple):
+        return (list if isinstance(tree, list) else tuple)(map(mutable, tree))
+    return tree

@@ -66,7 +66,8 @@ def _linearised(call: Call, operands: list[Tensor], run: Callable[..., Form]) ->
 
     # torch.func.vjp wants something to differentiate in.
     some = [operands[at] for at in call.wanted] or [torch.zeros(())]
-    outs, pull, rest = torch.func.vjp(fn, *some, has_aux=True)
+    result: Any = torch.func.vjp(fn, *some, has_aux=True)
+    outs, pull, rest = result
     return _Graph(operands, outs, pull, forms[0]), rest
 
 
@@ -98,7 +99,7 @@ class _SumOfShared(torch.autograd.Function):
     @staticmethod
     def forward(cotangent: Tensor, primal: Tensor, index: Tensor, size: int) -> Tensor:
         raise UnsupportedError(
-            "vjp(reduce_axes=): the vjp function was called outside of the vmap that names the axis; call it in the body"
+            "vjp(reduce_axes=): the vjp function was called outside of the vmap of that axis; call it in the body"
         )
 
     @staticmethod
@@ -125,8 +126,8 @@ class _SumOfShared(torch.autograd.Function):
         return (cotangent * info.batch_size if dim is None else cotangent.sum(dim)), None
 
 
-def _sum_of_shared(cotangent: Tensor, primal: Tensor, index: Tensor, size: int) -> Tensor:
-    return _SumOfShared.apply(cotangent, primal, index, size)
+def _sum_of_shared(*args: Any) -> Tensor:
+    return _SumOfShared.apply(*args)
 
 
 _allow = _compat.kept_in_graphs(_sum_of_shared)
@@ -364,7 +365,8 @@ def jvp(
         return forms[0].take()
 
     if directions:
-        outs, out_tangents, rest = torch.func.jvp(run, at_point, given, has_aux=True)
+        result: Any = torch.func.jvp(run, at_point, given, has_aux=True)
+        outs, out_tangents, rest = result
     else:
         outs, rest = run()
         out_tangents = [torch.zeros_like(out) for out in outs]
@@ -381,7 +383,8 @@ def _directions(
     leaves, spec = _tree.flatten(tangents)
     if spec != _tree.flatten(primals)[1]:
         raise DifferentiationError(
-            f"{packed.label}: tangents has leaves {_tree.paths(tangents)}, expected those of primals, {_tree.paths(primals)}"
+            f"{packed.label}: tangents has leaves {_tree.paths(tangents)}, expected those of primals, "
+            f"{_tree.paths(primals)}"
         )
     operand = {at: len(packed.entries) + i for i, at in enumerate(packed.tensor_leaves)}
     for at, (path, tangent) in enumerate(zip(_tree.paths(tangents), leaves, strict=True)):

@@ -157,7 +157,7 @@ class Form:
         found = []
         for at, like in zip(self.out_at, outs, strict=True):
             leaf = torch.zeros_like(like) if leaves[at] is None else leaves[at]
-            if type(leaf) in (int, float) and like.ndim == 0:
+            if isinstance(leaf, (int, float)) and like.ndim == 0:
                 leaf = torch.full_like(like, leaf)
             if describe(leaf) != self.out_shapes[at]:
                 raise DifferentiationError(
@@ -208,8 +208,8 @@ class Call:
             if "randomness error mode" not in str(error):
                 raise
             raise UnsupportedError(
-                f"{self.packed.label}: jacrev over custom_vjp with a vjp function that draws: it runs again under the vmap "
-                "that jacrev puts around backward; use torch.func.jacrev(..., chunk_size=1)"
+                f"{self.packed.label}: jacrev over custom_vjp with a vjp function that draws: it runs again under the "
+                "vmap that jacrev puts around backward; use torch.func.jacrev(..., chunk_size=1)"
             ) from error
         finally:
             write_states(now)

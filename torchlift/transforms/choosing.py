@@ -45,8 +45,8 @@ def look(index: Any, label: str) -> int | Unseen:
         return int(index)
     if index.numel() != 1:
         raise BranchError(
-            f"{label}: got a tensor of shape {tuple(index.shape)} to choose by, expected one element; to choose in each "
-            "row, map the call with torchlift.vmap or torch.func.vmap"
+            f"{label}: got a tensor of shape {tuple(index.shape)} to choose by, expected one element; to choose in "
+            "each row, map the call with torchlift.vmap or torch.func.vmap"
         )
     index = index.detach().reshape(())
     index = (index != 0 if index.is_floating_point() else index).long()
@@ -80,8 +80,10 @@ def guarded_variables(tensors: Sequence[Tensor], taken: Tensor) -> list[Tensor]:
 def label_of(name: str, mdl: Any) -> str:
     """How errors name a call of ``name`` with a module."""
     if not isinstance(mdl, nn.Module):
-        raise TransformTargetError(f"{name}: got {type(mdl).__name__} as the module, expected an nn.Module: {name} calls "
-                                   "its functions with a module first")
+        raise TransformTargetError(
+            f"{name}: got {type(mdl).__name__} as the module, expected an nn.Module: {name} calls "
+            "its functions with a module first"
+        )
     return f"{name}({type(mdl).__name__})"
 
 

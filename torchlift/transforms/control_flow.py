@@ -94,7 +94,9 @@ class _Choice:
         tensors = [*tensors, *update.changed, *sown]
         static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         kinds = [describe(tensor) for tensor in tensors]
-        return _Form(self.names[number], spec, _tree.paths(out), static, update.meta, sown_spec, kinds, changes), tensors
+        return _Form(
+            self.names[number], spec, _tree.paths(out), static, update.meta, sown_spec, kinds, changes
+        ), tensors
 
     def _run_rows(self, rows: Rows, values: Tensor) -> Any:
         """Each branch, on the rows that chose it."""
@@ -178,16 +180,23 @@ class _Choice:
 
     def _compare(self, first: _Form, form: _Form) -> None:
         if form.out != first.out:
-            self._require("the output", form, f"a tree with leaves {form.paths}", first, f"one with leaves {first.paths}")
+            self._require(
+                "the output", form, f"a tree with leaves {form.paths}", first, f"one with leaves {first.paths}"
+            )
             self._require("the output", form, "a tree of other types", first, "the types there")
         for path, kind, expected in zip(form.paths, _leaf_kinds(form), _leaf_kinds(first), strict=True):
             self._require(f"output{path}", form, kind, first, expected)
-        names, expected = ([f"{s.dotted_name!r} in {s.collection!r}" for s in f.meta.sites] for f in (form, first))
-        self._require("what is sown", form, str(names), first, str(expected))
-        if form.sown != first.sown:
-            self._require("what is sown", form, "a tree of other types", first, "the types there")
-        sown, expected = (f.kinds[f.outputs + len(f.changes) :] for f in (form, first))
-        self._require("what is sown", form, str(sown), first, str(expected))
+        sites, others = ([f"{s.dotted_name!r} in {s.collection!r}" for s in f.meta.sites] for f in (form, first))
+        self._require("what is sown", form, str(sites), first, str(others))
+        kinds, others = (f.kinds[f.outputs + len(f.changes) :] for f in (form, first))
+        same = form.sown == first.sown
+        self._require(
+            "what is sown",
+            form,
+            str(kinds if same else form.sown.outer),
+            first,
+            str(others if same else first.sown.outer),
+        )
 
     def _require(self, what: str, form: _Form, got: str, first: _Form, expected: str) -> None:
         if got != expected:
@@ -234,11 +243,11 @@ def cond(
 ) -> Any:
     """Runs one of two functions of a module.
 
-    The lifted counterpart of ``jax.lax.cond`` (and of ``flax.linen.cond``). A number, or a tensor that no ``vmap`` maps,
-    runs the one function and nothing else. Under ``vmap`` with a predicate for each row, each function runs on its own
-    rows, so that no NaN comes from the other ones, and outputs and variables are put together. Under ``torch.compile``,
-    and in a compiled ``scan``, a tensor cannot be looked into: both functions run, both draw, and the results are
-    selected.
+    The lifted counterpart of ``jax.lax.cond`` (and of ``flax.linen.cond``). A number, or a tensor that no ``vmap``
+    maps, runs the one function and nothing else. Under ``vmap`` with a predicate for each row, each function runs on
+    its own rows, so that no NaN comes from the other ones, and outputs and variables are put together. Under
+    ``torch.compile``, and in a compiled ``scan``, a tensor cannot be looked into: both functions run, and of their
+    results, variables included, those of one are selected. A function that draws draws there in either case.
 
     Args:
         pred: a number, or a tensor with one element.
@@ -314,7 +323,11 @@ def switch(
     if not branches:
         raise BranchError(f"{label}: got no branches, expected at least one")
     kind = index.dtype if isinstance(index, Tensor) else type(index)
-    if isinstance(index, Tensor) and (index.is_floating_point() or index.is_complex()) or not hasattr(index, "__index__"):
+    if (
+        isinstance(index, Tensor)
+        and (index.is_floating_point() or index.is_complex())
+        or not hasattr(index, "__index__")
+    ):
         raise BranchError(f"{label}: index is {kind}, expected an integer; for a condition use torchlift.cond")
     last = len(branches) - 1
     if isinstance(index, Tensor):

@@ -95,11 +95,15 @@ class _Results:
                 tensors.append(tensor if operand is None and known is None else tensor.clone())
                 continue
             self.places.append(0)
-            if operand is None and known is None:
+            leaf = at - form.second_at.start
+            if operand is not None:
+                self.sources.append((leaf, True, operand))
+                continue
+            if known is None:
                 known = len(tensors)
                 self.fresh[known] = number
                 tensors.append(tensor)
-            self.sources.append((at - form.second_at.start, operand is not None, known if operand is None else operand))
+            self.sources.append((leaf, False, known))
         self.tensors = tuple(tensors)
         self.saved = sorted({at for _, is_operand, at in self.sources if not is_operand})
 
@@ -176,7 +180,7 @@ class _Rule:
         no more than where gradients go. A vjp function runs again in backward: its graph is not in that half."""
         if _compat.functorch_active():
             raise UnsupportedError(
-                f"{self.label}: torch.compile of a torch.func transform of custom_vjp: Dynamo runs no transform over an "
+                f"{self.label}: torch.compile of a torch.func transform of custom_vjp: Dynamo runs none over an "
                 "autograd function; leave the transform, or custom_vjp, out of the compiled function"
             )
         tensors = self.forward(self.call.operands)
@@ -196,11 +200,11 @@ class _Rule:
         with torch.enable_grad():
             form = self.call.run(given)
         # What is still part of a graph got there by a closure: backward_fn has no place for its gradient.
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in form.leaves):
+        if any(isinstance(leaf, Tensor) and _compat.is_tracked(leaf) for leaf in form.leaves):
             shapes = "" if _compat.is_compiling() else self._closures(given)
             raise ClosureError(
-                f"{self.label}: forward_fn uses a tensor{shapes} that is no argument and needs a gradient, which would be "
-                "lost; pass it as an argument, or detach it"
+                f"{self.label}: forward_fn uses a tensor{shapes} that is no argument and needs a gradient, which would "
+                "be lost; pass it as an argument, or detach it"
             )
         self.results = _Results(form, given)
         return self.results.tensors
@@ -225,10 +229,10 @@ class _Rule:
         if present:
 
             def residuals(*some: Tensor) -> tuple[Tensor, ...]:
-                _, rest = self.call.again(operands, some).take()
+                rest = self.call.again(operands, some).take()[1]
                 return tuple(rest[self.results.fresh[at]] for at in present)
 
-            _, pull = torch.func.vjp(residuals, *(operands[at] for at in self.call.wanted))
+            pull: Any = torch.func.vjp(residuals, *(operands[at] for at in self.call.wanted))[1]
             for at, more in zip(self.call.wanted, pull(tuple(cotangents[at] for at in present)), strict=True):
                 before = found[at]
                 found[at] = more if before is None else before + more
@@ -240,7 +244,7 @@ class _Rule:
         """What ``backward_fn`` gives for each operand."""
         if self.kept is not None and not torch.is_grad_enabled():
             # A vjp function among the very ones still has its graph, which knows nothing of what came before the call.
-            (residuals,) = self.kept
+            residuals = self.kept[0]
             if not _compat.backward_keeps_graph():
                 self.kept = None
         else:
@@ -399,7 +403,10 @@ def custom_vjp(
     positions = list(as_tuple(nondiff_argnums))
     if nondiff_argnames:
         names = list(inspect.signature(fn).parameters)
-        positions += [names.index(name) + isinstance(fn, types.MethodType) for name in as_tuple(nondiff_argnames)]
+        for name in as_tuple(nondiff_argnames):
+            if name not in names:
+                raise DifferentiationError(f"custom_vjp: nondiff_argnames has {name!r}, expected some of {names}")
+            positions.append(names.index(name) + isinstance(fn, types.MethodType))
     if any(not isinstance(at, int) or at < 1 for at in positions):
         raise DifferentiationError(
             f"custom_vjp: nondiff_argnums is {nondiff_argnums!r}, expected positions from 1: the module is 0"

@@ -15,7 +15,7 @@ from torchlift._context import entered
 from torchlift.engine import loop
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import run
-from torchlift.errors import AxisError, CarryError, RandomnessError
+from torchlift.errors import AxisError, CarryError, RandomnessError, TorchliftCompileWarning, UnsupportedError, warn
 from torchlift.groups import Groups, Role
 from torchlift.pack import Change, Meta, Packed, Update
 from torchlift.transforms.compiling import constant, results, token
@@ -198,7 +198,12 @@ class Iterations:
             else:
                 (state, leaves), ys = opaque_run(register(), consts, carry, xs, length, compile=compile, **options)
         else:
-            key = self.label if compile is False else (fingerprint.of_packed(packed), self.transform)
+            key: Any = self.label
+            try:
+                key = key if compile is False else (fingerprint.of_packed(packed), self.transform)
+            except UnsupportedError as error:  # what the body depends on cannot be told
+                compile = False
+                _warn_once(f"{self.label} runs as a plain Python loop: {error}")
             drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) else None
             body = loop.Body(self.body, key, self.label)
             (state, leaves), ys = run(body, consts, carry, xs, length, compile=compile, **options)
@@ -288,6 +293,15 @@ def _fits(new: Any, old: Any) -> bool:
     if isinstance(new, Tensor) and isinstance(old, Tensor):
         return new.dtype == old.dtype and new.shape == old.shape
     return new is old or (not isinstance(new, Tensor) and not isinstance(old, Tensor) and new == old)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warn(message, TorchliftCompileWarning)
 
 
 def _described(leaf: Any) -> str:

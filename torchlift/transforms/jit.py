@@ -23,7 +23,7 @@ from torchlift.errors import (
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
-from torchlift.variables import AT, Capture, Variable, collection_of, own_tensors, sow
+from torchlift.variables import AT, Capture, Site, Variable, collection_of, own_tensors, sow_at
 
 
 class _Places(NamedTuple):
@@ -40,8 +40,8 @@ class _Places(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Jit(Transform):
-    """NOTE [Jit]. The compiled function takes the module itself: Dynamo guards on what the code reads of it, so that one
-    graph serves every instance whose static fields agree, and mutates it as the code does. The state that a graph
+    """NOTE [Jit]. The compiled function takes the module itself: Dynamo guards on what the code reads of it, so that
+    one graph serves every instance whose static fields agree, and mutates it as the code does. The state that a graph
     computes is that of the plain call; what is left to do is to detach what was rebound, as every publish does.
     """
 
@@ -91,7 +91,7 @@ class _Jit(Transform):
         if guard is not None:
             guard.check()
         for at, path, collection, name, value in sown:
-            sow(roots[at].get_submodule(path), collection, name, value)
+            sow_at(roots[at].get_submodule(path), Site(at, path, collection, name), value)
         return _give_up(donated, out, roots) if donated else out
 
     def _inline(
@@ -132,8 +132,8 @@ class _Jit(Transform):
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.device != expected:
                 raise ArgumentError(
-                    f"{label}: a tensor of shape {tuple(leaf.shape)} is on {leaf.device}, expected {expected}; move the "
-                    "module and its arguments there"
+                    f"{label}: a tensor of shape {tuple(leaf.shape)} is on {leaf.device}, expected {expected}; move "
+                    "the module and its arguments there"
                 )
 
     def _donated(
@@ -142,7 +142,7 @@ class _Jit(Transform):
         for leaf in leaves:
             if isinstance(leaf, _Donated):
                 raise leaf.error()
-        donated = []
+        donated: list[tuple[Tensor, str]] = []
         for place, argument in arguments.items():
             for leaf in _tree.flatten(argument)[0]:
                 if isinstance(leaf, Tensor) and all(leaf is not tensor for tensor, _ in donated):
@@ -150,14 +150,14 @@ class _Jit(Transform):
         needed = any(t.requires_grad for t in (*tensors, *leaves) if isinstance(t, Tensor))
         if donated and torch.is_grad_enabled() and needed:
             raise DonatedTensorError(
-                f"{label}: argument {next(iter(arguments))!r} is donated, but a gradient is recorded, whose backward may "
-                "need it; call it under torch.no_grad(), or do not donate"
+                f"{label}: argument {next(iter(arguments))!r} is donated, but a gradient is recorded, whose backward "
+                "may need it; call it under torch.no_grad(), or do not donate"
             )
         return donated
 
 
 def _runs_inline() -> bool:
-    """Whether something around the call wants to see the operators of the body, so that it is not compiled by itself."""
+    """Whether something around the call has to see the operators of the body, which is then not compiled by itself."""
     return (
         _compat.is_tracing()
         or _compat.functorch_active()
@@ -195,12 +195,12 @@ class _Frame(Capture):
         self.roots, self.filters = roots, [capture.filter for capture in captures]
         self.values: list[tuple[int, str, str, str, Any]] = []
 
-    def add(self, module: nn.Module, collection: str, name: str, value: Any) -> None:
+    def add(self, module: nn.Module, collection: str, name: str, value: Any, path: str = "") -> None:
         if any(matches(filter, collection) for filter in self.filters):
             for at, root in enumerate(self.roots):
-                for path, candidate in root.named_modules():
+                for found, candidate in root.named_modules():
                     if candidate is module:
-                        self.values.append((at, path, collection, name, value))
+                        self.values.append((at, found, collection, name, value))
                         return
 
 
@@ -210,7 +210,14 @@ class _Guard:
     def __init__(self, config: _Jit, roots: Sequence[nn.Module], label: str):
         self.config, self.roots, self.label = config, roots, label
         self.before = [
-            (owner, store, key, tensor, _compat.version(tensor), tensor.detach().clone() if store == "_buffers" else None)
+            (
+                owner,
+                store,
+                key,
+                tensor,
+                _compat.version(tensor),
+                tensor.detach().clone() if store == "_buffers" else None,
+            )
             for root in roots
             for owner in root.modules()
             for store, key, tensor in own_tensors(owner)
@@ -261,7 +268,7 @@ class _Donated(Tensor):
             "returned, or do not donate it"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return "<donated tensor>"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.profiler import record_function
 
@@ -15,32 +16,82 @@ from torchlift import _compat
 from torchlift.errors import TransformTargetError
 from torchlift.variables import AT
 
-Open = tuple[tuple[nn.Module, str], ...]  # the modules of the spans that are open, innermost last, and their names
 
-
-class _State(threading.local):
-    """One per thread. A trace has spans of its own: what is compiled may not depend on who calls it."""
+class _Open(threading.local):
+    """The spans that are open, per thread, innermost last."""
 
     def __init__(self) -> None:
-        self.running: Open = ()
-        self.traced: Open = ()
-        self.handles: list[tuple[Any, Open]] = []  # of spans that hooks opened
+        self.modules: tuple[tuple[nn.Module, str], ...] = ()  # and the name of each
+        # Of modules bound in the body of a transform: name, path in there. Constants: a rematerialised region that
+        # Dynamo traces may set nothing else, and has to put it back.
+        self.bound: tuple[tuple[str, str], ...] = ()
+        self.hooked: tuple[Any, ...] = ()  # what the hooks below opened
 
 
-_state = _State()
+_running = _Open()
+_traced = _Open()  # a trace has spans of its own: what is compiled may not depend on who calls it
 _enabled = False
 _hooks: list[Any] = []
 
 
-def _name(module: nn.Module, around: Open) -> str:
-    for outer, prefix in reversed(around):
+# NOTE [Spans in graphs]. Dynamo ignores ``record_function``, and Inductor removes it. These operators have an effect,
+# so that compilers keep them, in order among themselves; the operators in between may move across them.
+_library = torch.library.Library("torchlift", "FRAGMENT")
+_library.define("enter_span(str name) -> ()")
+_library.define("leave_span() -> ()")
+_in_graphs = threading.local()
+
+
+def _enter_span(name: str) -> None:
+    span = record_function(name) if _compat.is_profiling() else None
+    if span is not None:
+        span.__enter__()
+    _in_graphs.open = (*getattr(_in_graphs, "open", ()), span)
+
+
+def _leave_span() -> None:
+    *rest, span = _in_graphs.open
+    _in_graphs.open = tuple(rest)
+    if span is not None:
+        span.__exit__(None, None, None)
+
+
+_library.impl("enter_span", _enter_span, "CompositeExplicitAutograd")
+_library.impl("leave_span", _leave_span, "CompositeExplicitAutograd")
+torch.library.register_fake("torchlift::enter_span", lambda name: None, lib=_library)
+torch.library.register_fake("torchlift::leave_span", lambda: None, lib=_library)
+_keep = _compat.kept_in_order(torch.ops.torchlift.enter_span.default, torch.ops.torchlift.leave_span.default)
+
+
+class _Entered:
+    """Notes that the span of a module is open."""
+
+    def __init__(self, module: nn.Module, spans: _Open):
+        self.spans, self.before = spans, (spans.modules, spans.bound)
+        self.name = _name(module, spans)
+        if AT in module.__dict__:
+            spans.bound = (*spans.bound, (self.name, module.__dict__[AT][1]))
+        else:
+            spans.modules = (*spans.modules, (module, self.name))
+
+    def leave(self) -> None:
+        self.spans.modules, self.spans.bound = self.before
+
+
+def _name(module: nn.Module, spans: _Open) -> str:
+    if AT in module.__dict__:
+        path = module.__dict__[AT][1]
+        if spans.bound:
+            root, at = spans.bound[-1]
+            root = root[: -len(at) - 1] if at else root
+        else:
+            root = spans.modules[-1][1] if spans.modules else type(module).__name__
+        return f"{root}.{path}" if path else root
+    for outer, root in reversed(spans.modules):
         for path, candidate in outer.named_modules():
             if candidate is module:
-                return f"{prefix}.{path}" if path else prefix
-    # Bound in the body of a transform: the path in the transform's root is known, and what called the transform.
-    _, path = module.__dict__.get(AT, (0, ""))
-    prefix = around[-1][1] if around and AT in module.__dict__ else type(module).__name__
-    return f"{prefix}.{path}" if path else prefix
+                return f"{root}.{path}" if path else root
+    return type(module).__name__
 
 
 def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[..., Any]:
@@ -48,7 +99,8 @@ def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[...
 
     The counterpart of ``flax.linen.named_call``. The span ``Net.layers.0.forward`` is the method ``forward`` of the
     module ``layers.0`` in the outermost labelled one, a ``Net``. It is there in eager runs and in what
-    ``torch.compile`` makes of them. Costs next to nothing while no profiler runs.
+    ``torch.compile`` makes of them; where a compiler fuses operators of several methods, it says where they begin, not
+    how long each takes. Costs next to nothing while no profiler runs.
 
     Args:
         class_fn: a method, or a function whose first argument is a module.
@@ -72,8 +124,8 @@ def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[...
     """
     if isinstance(class_fn, (type, nn.Module)) or not callable(class_fn):
         raise TransformTargetError(
-            f"named_call: got {class_fn!r}, expected a method, or a function whose first argument is a module; decorate "
-            "the class's forward"
+            f"named_call: got {class_fn!r}, expected a method, or a function whose first argument is a module; "
+            "decorate the class's forward"
         )
     method = getattr(class_fn, "__name__", "function")
 
@@ -86,35 +138,23 @@ def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[...
         if not (force or _enabled):
             return class_fn(module, *args, **kwargs)
         if _compat.is_compiling():
-            return _traced(class_fn, method, module, args, kwargs)
+            entered = _Entered(module, _traced)
+            _keep()
+            torch.ops.torchlift.enter_span(f"{entered.name}.{method}")
+            out = class_fn(module, *args, **kwargs)
+            torch.ops.torchlift.leave_span()
+            entered.leave()
+            return out
         if not _compat.is_profiling():
             return class_fn(module, *args, **kwargs)
-        before = _state.running
-        name = _name(module, before)
-        _state.running = (*before, (module, name))
+        entered = _Entered(module, _running)
         try:
-            with record_function(f"{name}.{method}"):
+            with record_function(f"{entered.name}.{method}"):
                 return class_fn(module, *args, **kwargs)
         finally:
-            _state.running = before
+            entered.leave()
 
     return named
-
-
-def _traced(class_fn: Callable[..., Any], method: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    before = _state.traced
-    name = _name(module, before)
-    _state.traced = (*before, (module, name))
-    _compat.keep_spans()
-    with record_function(f"{name}.{method}"):
-        _compat.keep_spans_no_more()
-        try:
-            out = class_fn(module, *args, **kwargs)
-        finally:
-            _state.traced = before
-        _compat.keep_spans()
-    _compat.keep_spans_no_more()
-    return out
 
 
 # Everywhere ----------------------------------------------------------------------------------------------------------
@@ -123,18 +163,18 @@ def _traced(class_fn: Callable[..., Any], method: str, module: nn.Module, args: 
 def _enter(module: nn.Module, args: Any) -> None:
     if _compat.is_compiling() or not _compat.is_profiling():
         return
-    before = _state.running
-    name = _name(module, before)
-    span = record_function(f"{name}.forward")
+    entered = _Entered(module, _running)
+    span = record_function(f"{entered.name}.forward")
     span.__enter__()
-    _state.handles.append((span, before))
-    _state.running = (*before, (module, name))
+    _running.hooked = (*_running.hooked, (module, entered, span))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if _compat.is_compiling() or not _state.running or _state.running[-1][0] is not module or not _state.handles:
+    if _compat.is_compiling() or not _running.hooked or _running.hooked[-1][0] is not module:
         return
-    span, _state.running = _state.handles.pop()
+    *before, (_, entered, span) = _running.hooked
+    _running.hooked = tuple(before)
+    entered.leave()
     span.__exit__(None, None, None)
 
 

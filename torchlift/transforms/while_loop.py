@@ -90,8 +90,10 @@ class _While:
         for at, value, expected in zip(self.state_at, new, self.expected):
             if describe(value) != expected:
                 entry = self.body.entries[at]
-                raise CarryError(f"{self.label}: {entry.name!r} in {entry.collection!r} is {describe(value)} after an "
-                                 f"iteration, expected {expected}, as before")
+                raise CarryError(
+                    f"{self.label}: {entry.name!r} in {entry.collection!r} is {describe(value)} after an "
+                    f"iteration, expected {expected}, as before"
+                )
         return new, update
 
     def _checked(self, out: Any) -> list[Tensor]:
@@ -151,7 +153,7 @@ class _While:
             operands[at] = value
         return operands
 
-    def _step(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    def _step(self) -> Callable[[Sequence[Tensor]], tuple[list[Tensor], Update]]:
         """One iteration as a function that may run again: with the draws that it has now."""
         if self.draws is not None and not _compat.is_tracing():
             write_states(self.draws)
@@ -202,7 +204,9 @@ class _While:
         if _compat.functorch_active():
             raise UnsupportedError(f"{self.label}: compiled under a torch.func transform; {way_round}")
         if torch.is_grad_enabled() and any(x.requires_grad for x in self.start):
-            raise UnsupportedError(f"{self.label}: compiled code cannot differentiate a loop without bound; {way_round}")
+            raise UnsupportedError(
+                f"{self.label}: compiled code cannot differentiate a loop without bound; {way_round}"
+            )
 
         def asks(*moving: Tensor) -> Tensor:
             return torch.as_tensor(self.asks(self.moved(self.start, moving))).reshape(()) != 0
@@ -285,6 +289,8 @@ def while_loop(
     check(broadcast_variables, f"{label}: broadcast_variables")
     groups = Groups(label, carry=carry_variables, split_rngs=split_rngs)
     if _compat.is_compiling() and groups.splits(rng.DROPOUT) is False:
-        raise UnsupportedError(f"{label}: compiled code cannot repeat its draws, which split_rngs={{'dropout': False}} "
-                               "asks for; draw before the loop and put that into the carry")
+        raise UnsupportedError(
+            f"{label}: compiled code cannot repeat its draws, which split_rngs={{'dropout': False}} "
+            "asks for; draw before the loop and put that into the carry"
+        )
     return _While(label, cond_fn, body_fn, mdl, init, groups, remat).run(max_steps)

@@ -1,0 +1,146 @@
+"""jit: donated arguments, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import torchlift
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Block(nn.Module):
+    def __init__(self, dim=4):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(dim, dim), nn.BatchNorm1d(dim)
+        torchlift.variable(self, "state", "total", torch.zeros, dim)
+
+    def forward(self, x):
+        y = self.norm(self.linear(x))
+        self.total = self.total + y.sum(0)
+        return x + y
+
+
+# Donation ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"donate_argnums": 1}, {"donate_argnames": "input"}])
+def test_a_donated_tensor_is_freed_and_may_not_be_used(how):
+    module = torchlift.jit(nn.Linear, backend="aot_eager", **how)(4, 4)
+    x = torch.randn(1000, 4)
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    storage = StorageWeakRef(x.untyped_storage())
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected)
+    assert storage.expired() and repr(x) == "<donated tensor>"
+    for use in (
+        lambda: x + 1,
+        lambda: torch.ones(2).add_(x),
+        lambda: x.shape,
+        lambda: torch.stack([x]),
+        lambda: module(x),
+    ):
+        with pytest.raises(torchlift.DonatedTensorError, match=r"had been donated to jit\(Linear.* as argument 1"):
+            use()
+
+
+def test_what_a_call_returns_or_keeps_of_a_donated_tensor_stays():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(3))
+
+        def forward(self, tree):
+            self.cache = tree["x"]
+            return tree["x"], tree["y"][1:]
+
+    x, y = torch.arange(3.0), torch.arange(4.0)
+    module = torchlift.jit(Keeps, donate_argnums=1, backend="aot_eager")()
+    a, b = module({"x": x, "y": y})
+    assert a.tolist() == [0, 1, 2] and b.tolist() == [1, 2, 3] and module.cache.tolist() == [0, 1, 2]
+    for tensor in (x, y):
+        with pytest.raises(torchlift.DonatedTensorError, match="use what the call returned"):
+            tensor.sum()
+
+
+def test_donation_is_refused_where_autograd_needs_the_tensor():
+    module = torchlift.jit(nn.Linear, donate_argnums=1, backend="aot_eager")(4, 4)
+    x = torch.randn(2, 4)
+    with pytest.raises(torchlift.DonatedTensorError, match=r"argument 1 is donated, .* torch.no_grad\(\)"):
+        module(x)
+    assert x.sum() == x.sum()  # refused before any work
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+class Prints(nn.Module):
+    def forward(self, x):
+        print(x.sum())
+        return x + 1
+
+
+def test_a_body_that_cannot_be_captured_raises_with_torchs_reason():
+    x = torch.ones(2)
+    with pytest.raises(torchlift.UnsupportedError, match=r"(?s)jit\(Prints.*fullgraph=False.*print"):
+        torchlift.jit(Prints, backend="aot_eager")()(x)
+    assert torchlift.jit(Prints, backend="aot_eager", fullgraph=False)()(x).tolist() == [2, 2]
+
+
+def test_collections_and_streams_that_are_not_lifted():
+    class Both(Block):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x))
+
+    x = torch.randn(5, 4)
+    module = torchlift.jit(Block, variables="state", backend="aot_eager")()
+    before = copy.deepcopy(module.state_dict())
+    for run in (module, lambda x: torch.func.grad(lambda x: module(x).sum())(x)):  # compiled, and inlined
+        with pytest.raises(
+            torchlift.ModifyCollectionError, match="collection 'batch_stats', .*add 'batch_stats' to variables="
+        ):
+            run(x)
+        torch.testing.assert_close(module.state_dict(), before)
+    module = torchlift.jit(Both, rngs=False, backend="aot_eager")()
+    before, state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    with pytest.raises(
+        torchlift.RandomnessError, match="drew from the random stream 'dropout'; add 'dropout' to rngs="
+    ):
+        module(x)
+    torch.testing.assert_close(module.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    torchlift.jit(Both, variables=["state", "batch_stats"], rngs="dropout", backend="aot_eager")()(x)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"static_argnums": 0}, "static_argnums has 0, which is the module"),
+        ({"donate_argnums": -2}, "donate_argnums has -2, which is the module"),
+        ({"static_argnums": 2}, "static_argnums has 2, expected 1 to 1, the module being 0"),
+        ({"static_argnames": "y"}, r"static_argnames has 'y', expected one of \['input'\]"),
+        ({"donate_argnames": "y"}, r"donate_argnames has 'y'"),
+        ({"static_argnums": 1}, None),
+        ({"device": "meta"}, r"a tensor of shape \(4, 4\) is on cpu, expected meta"),
+    ],
+)
+def test_arguments_that_do_not_fit(options, match):
+    module = torchlift.jit(nn.Linear, backend="aot_eager", **options)(4, 4)
+    if match is None:
+        with pytest.raises(torchlift.ArgumentError, match="static argument 1 is a list, expected a hashable value"):
+            module([1.0])
+    else:
+        with pytest.raises(torchlift.ArgumentError, match=match):
+            module(torch.ones(2, 4))
+
+
+def test_a_device_that_fits():
+    torchlift.jit(nn.Linear, backend="aot_eager", device="cpu")(4, 4)(torch.ones(2, 4))
+
+
+def test_no_instances():
+    with pytest.raises(torchlift.TransformTargetError, match=r"jit: got an instance of Linear"):
+        torchlift.jit(nn.Linear(2, 2))

@@ -1,0 +1,207 @@
+"""scan_layers is a ModuleList that runs: equal to the Python loop in values, gradients, state and draws."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchlift
+from torchlift import LayerMismatchError, TorchliftCompileWarning, TransformTargetError
+
+AOT = {"backend": "aot_eager"}
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {"compile": False},
+    "compiled": {"compile": AOT},
+    "unrolled": {"compile": AOT, "unroll": 4},
+    "remat": {"compile": AOT, "remat": True},
+    "remat plain": {"compile": False, "remat": True},
+    "every": {"compile": AOT, "remat": True, "every": 4},
+    "lengths": {"compile": AOT, "lengths": (2, 3)},
+    "policy": {"compile": AOT, "policy": torchlift.checkpoint_policies.dots_saveable},
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 4, p: float = 0.25):
+        super().__init__()
+        self.norm, self.linear, self.p = nn.BatchNorm1d(width), nn.Linear(width, width), p
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = F.dropout(torch.tanh(self.linear(self.norm(x))), self.p, self.training)
+        return x + y if shift is None else x + y * shift
+
+
+def loop(layers: nn.ModuleList, x: Any, *args: Any) -> Any:
+    for layer in layers:
+        x = layer(x, *args)
+    return x
+
+
+def results(call: Callable[..., Tensor], layers: nn.Module, x: Tensor, *args: Any) -> list[Tensor]:
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    out = call(x, *args)
+    trained = [p for p in layers.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(out.square().sum(), [x, *trained])
+    return [out, *grads, *layers.buffers(), torch.get_rng_state()]
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_the_loop(mode: str) -> None:
+    scanned = torchlift.scan_layers([Block() for _ in range(6)], **MODES[mode])
+    plain = copy.deepcopy(nn.ModuleList(scanned))
+    for batch in (5, 7):
+        x, shift = torch.randn(batch, 4), torch.randn(batch, 1)
+        assert_equal(results(scanned, scanned, x), results(lambda *a: loop(plain, *a), plain, x))
+        assert_equal(results(scanned, scanned, x, shift), results(lambda *a: loop(plain, *a), plain, x, shift))
+
+
+@pytest.mark.parametrize("mode", ["compiled", "remat"])
+def test_is_one_step_of_an_outer_graph(mode: str) -> None:
+    scanned = torchlift.scan_layers([Block() for _ in range(6)], **MODES[mode])
+    plain = copy.deepcopy(nn.ModuleList(scanned))
+    outer = torch.compile(lambda x: scanned(x.sin()).cos(), backend="aot_eager", fullgraph=True)
+    for batch in (5, 7, 8):
+        x = torch.randn(batch, 4)
+        assert_equal(results(outer, scanned, x), results(lambda x: loop(plain, x.sin()).cos(), plain, x))
+
+
+def test_is_the_module_list_of_its_layers() -> None:
+    layers = [Block() for _ in range(3)]
+    scanned, plain = torchlift.scan_layers(layers, compile=False), nn.ModuleList(layers)
+    assert isinstance(scanned, nn.ModuleList)
+    assert list(scanned.state_dict()) == list(plain.state_dict())
+    assert [id(p) for p in scanned.parameters()] == [id(p) for p in plain.parameters()]
+    assert scanned[1] is layers[1] and len(scanned) == 3
+
+
+def test_compiles_once_whatever_the_depth() -> None:
+    def compilations(depth: int) -> int:
+        scanned = torchlift.scan_layers([Block(5) for _ in range(depth)], compile=AOT)
+        return torchlift.explain(scanned, torch.randn(3, 5))[0].compilations
+
+    assert compilations(2) == compilations(9)
+
+
+class WithExtra(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = super().forward(x)
+        return y.relu(), y.sum(-1)
+
+
+def test_a_tuple_carries_its_first_element_and_the_last_layer_is_returned() -> None:
+    scanned = torchlift.scan_layers([WithExtra(4, 4) for _ in range(3)], compile=AOT)
+    x = torch.randn(2, 4)
+    out = scanned(x)
+    for layer in scanned:
+        x, extra = layer(x)
+    assert torch.equal(out[0], x) and torch.equal(out[1], extra)
+
+
+def test_mixed_requires_grad() -> None:
+    layers = [Block() for _ in range(6)]
+    for layer in layers[:3]:
+        layer.requires_grad_(False)
+    scanned = torchlift.scan_layers(layers, compile=AOT)
+    plain = copy.deepcopy(nn.ModuleList(layers))
+    x = torch.randn(5, 4)
+    assert_equal(results(scanned, scanned, x), results(lambda x: loop(plain, x), plain, x))
+
+
+def test_layers_in_different_modes_hooks_and_shared_buffers_run_as_the_loop() -> None:
+    scanned = torchlift.scan_layers([Block() for _ in range(4)], compile=AOT)
+    scanned[0].eval()
+    assert torchlift.explain(scanned, torch.randn(5, 4))[0].reason == "some layers are in training mode and some are not"
+    scanned.train()
+    calls: list[int] = []
+    scanned[1].linear.register_forward_hook(lambda *_: calls.append(1))
+    scanned(torch.randn(5, 4))
+    assert calls == [1]
+    shared = torchlift.scan_layers([Block() for _ in range(2)], compile=AOT)
+    shared[1].norm = shared[0].norm
+    shared(torch.randn(5, 4))
+    assert shared[0].norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (lambda: Block(p=0.5), r"layer 2: p 0.5 != 0.25"),
+        (lambda: Block(5), r"layer 2: norm.num_features 5 != 4|layer 2: norm.weight \(5,\)"),
+        (lambda: nn.Linear(4, 4), "layer 2: .*"),
+        (lambda: Block().double().half(), "layer 2: norm.weight .*float16 != .*float64"),
+    ],
+)
+def test_a_layer_that_differs_is_refused_with_the_difference(other: Callable[[], nn.Module], match: str) -> None:
+    with pytest.raises(LayerMismatchError, match=match):
+        torchlift.scan_layers([Block(), Block(), other()])
+
+
+def test_a_difference_that_comes_later_is_refused_too() -> None:
+    scanned = torchlift.scan_layers([Block() for _ in range(3)], compile=AOT)
+    scanned(torch.randn(5, 4))
+    scanned[2].p = 0.9
+    with pytest.raises(LayerMismatchError, match="layer 2: p 0.9 != 0.25"):
+        scanned(torch.randn(5, 4))
+
+
+def test_scanned_attributes_may_differ() -> None:
+    scanned = torchlift.scan_layers([Block(p=0.1 * i) for i in range(3)], compile=AOT, scanned_attributes=["p"])
+    plain = copy.deepcopy(nn.ModuleList(scanned))
+    x = torch.randn(5, 4)
+    assert_equal(results(scanned, scanned, x), results(lambda x: loop(plain, x), plain, x))
+
+
+def test_a_layer_is_a_module() -> None:
+    with pytest.raises(TransformTargetError, match="layer 1 is a function, expected an nn.Module"):
+        torchlift.scan_layers([Block(), lambda x: x])
+
+
+class Widening(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], -1)
+
+
+def test_what_changes_shape_from_layer_to_layer_runs_as_the_loop_with_a_warning() -> None:
+    scanned = torchlift.scan_layers([Widening() for _ in range(3)], compile=AOT)
+    with pytest.warns(TorchliftCompileWarning, match="runs layer by layer"):
+        assert scanned(torch.ones(2, 1)).shape == (2, 8)
+
+
+def test_no_layers() -> None:
+    x = torch.randn(2)
+    assert torchlift.scan_layers([])(x) is x
+
+
+def test_a_failing_layer_leaves_everything_as_it_was() -> None:
+    class Failing(Block):
+        def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+            out = super().forward(x)
+            if shift is not None:
+                raise RuntimeError("on purpose")
+            return out
+
+    scanned = torchlift.scan_layers([Failing() for _ in range(3)], compile=AOT)
+    before = copy.deepcopy(scanned.state_dict())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        scanned(torch.randn(5, 4), torch.ones(5, 1))
+    for key, value in scanned.state_dict().items():
+        assert torch.equal(value, before[key]), key
