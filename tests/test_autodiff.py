@@ -233,6 +233,27 @@ def test_derivatives_inside_of_transforms(around, derivative):
     same(gradients(found, m, x), gradients(expected, m, x))
 
 
+@pytest.mark.parametrize("derivative", ["vjp", "grad"])
+def test_remat_over_a_derivative_is_refused_compiled(derivative):
+    m, x = mlp(), data().requires_grad_()
+    fn = remat(OUTSIDE[derivative][0](call))
+    with pytest.raises(Exception, match="torch.compile of remat over a reverse-mode derivative.*put remat inside"):
+        torch.compile(lambda x: fn(m, x), **FLAGS)(x)
+
+
+COMPILED = ["vmap", "scan", "remat", "grad", "vjp", "jvp"]
+
+
+@pytest.mark.parametrize("inside", COMPILED)
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_transforms_inside_of_derivatives_compiled(outside, inside):
+    m, x = mlp(), data().requires_grad_()
+    lifted, plain = OUTSIDE[outside][0](INSIDE[inside][0]), OUTSIDE[outside][1](INSIDE[inside][1])
+    found, expected = torch.compile(lambda x: lifted(m, x), **FLAGS)(x), plain(m, x)
+    same(found, expected)
+    same(gradients(found, m, x), gradients(expected, m, x))
+
+
 # State ---------------------------------------------------------------------------------------------------------------
 
 

@@ -37,16 +37,20 @@ def clone(module):
 
 # Every transform as a way to call ``body(module, x)`` once, with the leading axis that some need put on and taken off.
 WAYS = {
-    "vmap": lambda body, **kw: lambda m, x: vmap(body, variable_axes={"state": None, "batch_stats": None}, **kw)(
-        m, x[None]
-    )[0],
+    "vmap": lambda body, **kw: (
+        lambda m, x: vmap(body, variable_axes={"state": None, "batch_stats": None}, **kw)(m, x[None])[0]
+    ),
     "remat": lambda body: remat(body),
-    "scan": lambda body: lambda m, x: scan(
-        lambda m, c, x: (c, body(m, x)), variable_carry=("state", "batch_stats"), compile=False
-    )(m, 0, x[None])[1][0],
-    "scan aot": lambda body: lambda m, x: scan(
-        lambda m, c, x: (c, body(m, x)), variable_carry=("state", "batch_stats"), compile=AOT
-    )(m, 0, x[None])[1][0],
+    "scan": lambda body: (
+        lambda m, x: scan(lambda m, c, x: (c, body(m, x)), variable_carry=("state", "batch_stats"), compile=False)(
+            m, 0, x[None]
+        )[1][0]
+    ),
+    "scan aot": lambda body: (
+        lambda m, x: scan(lambda m, c, x: (c, body(m, x)), variable_carry=("state", "batch_stats"), compile=AOT)(
+            m, 0, x[None]
+        )[1][0]
+    ),
     "remat_scan": lambda body: remat_scan(
         body, lengths=(1, 1), variable_axes={}, variable_carry=("state", "batch_stats"), compile=False
     ),
@@ -164,7 +168,9 @@ def test_publish_into_a_parameter_keeps_it_for_the_optimizer(way):
     lifted = {
         "vmap": lambda m, x: vmap(body, variable_axes={"params": None})(m, x[None]),
         "remat": remat(body),
-        "scan": lambda m, x: scan(lambda m, c: (body(m, c), None), variable_carry="params", length=1, compile=False)(m, x),
+        "scan": lambda m, x: scan(lambda m, c: (body(m, c), None), variable_carry="params", length=1, compile=False)(
+            m, x
+        ),
     }[way]
     lifted(module, torch.ones(SIZE))
     assert module.weight is optimizer.param_groups[0]["params"][0] and bool((module.weight == 1).all())
@@ -203,7 +209,10 @@ def test_publish_is_all_or_nothing():
 
 
 NOT_MUTABLE = {
-    "vmap": (lambda body: vmap(body), r"vmap\(body\): changed 'total' of collection 'state', .*variable_axes=\{'state': 0"),
+    "vmap": (
+        lambda body: vmap(body),
+        r"vmap\(body\): changed 'total' of collection 'state', .*variable_axes=\{'state': 0",
+    ),
     "remat": (lambda body: remat(body, variables="params"), r"remat\(body, .*'total' .*; add 'state' to variables="),
     "scan": (
         lambda body: lambda m, x: scan(body, length=1, compile=False)(m, x),
@@ -213,7 +222,10 @@ NOT_MUTABLE = {
         lambda body: remat_scan(body, lengths=(1,), variable_axes={}, split_rngs={}, compile=False),
         "remat_scan.*'total' of collection 'state'",
     ),
-    "apply": (lambda body: lambda m, x: apply(m, {}, x, method=body), r"apply\(Net\): changed 'total' .*mutable=\['state'\]"),
+    "apply": (
+        lambda body: lambda m, x: apply(m, {}, x, method=body),
+        r"apply\(Net\): changed 'total' .*mutable=\['state'\]",
+    ),
 }
 
 
@@ -278,7 +290,9 @@ def test_publish_without_grad(way, context):
 
 def test_publish_under_torch_func_is_a_named_error():
     module, x = Net(), torch.randn(SIZE)
-    match = r"remat\(.*\): 'last' of collection 'state' changed under an outer torch.func .*apply\(.*mutable=\['state'\]\)"
+    match = (
+        r"remat\(.*\): 'last' of collection 'state' changed under an outer torch.func .*apply\(.*mutable=\['state'\]\)"
+    )
     lifted = remat(lambda m, x: (setattr(m, "last", x * x), x.sum())[1])
     before = clone(module)
     for transform in (func.grad, func.vmap, lambda f: func.jacrev(f)):
@@ -331,7 +345,9 @@ def test_alias_is_lifted_once(way):
 @pytest.mark.parametrize("transform", [vmap, scan])
 def test_alias_with_two_axes_is_refused_with_every_path(transform):
     module = torchlift.set_collection(Tied(), "state", "t")
-    match = r"\w+\(.*\): one tensor has several names: 't' asks for axis 0, 'a.same' asks for axis None; give them the same"
+    match = (
+        r"\w+\(.*\): one tensor has several names: 't' asks for axis 0, 'a.same' asks for axis None; give them the same"
+    )
     with pytest.raises(AliasError, match=match):
         transform(lambda m, x: x, variable_axes={"state": 0})(module, torch.ones(1))
 
@@ -452,7 +468,9 @@ def test_a_tensor_in_a_plain_attribute_is_refused(way, name):
         ASSIGNS[name](m, x)
         return x
 
-    match = r"assigned '(linear\.)?(cache|history)' in the body, a tensor in a plain attribute, .*torchlift.variable\(self,"
+    match = (
+        r"assigned '(linear\.)?(cache|history)' in the body, a tensor in a plain attribute, .*torchlift.variable\(self,"
+    )
     with pytest.raises(PlainAttributeError, match=match):
         WAYS[way](body)(module, torch.ones(SIZE))
     assert not hasattr(module, "cache") and module.history == []
@@ -495,6 +513,8 @@ CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubcla
 
 @pytest.mark.parametrize("cls", [c for c in CLASSES if c is not TorchliftError], ids=lambda c: c.__name__)
 def test_errors_are_torchlifts_and_the_fitting_builtin(cls):
-    builtins = [base for base in cls.__mro__ if base.__module__ == "builtins" and base not in (Exception, BaseException)]
+    builtins = [
+        base for base in cls.__mro__ if base.__module__ == "builtins" and base not in (Exception, BaseException)
+    ]
     assert [base for base in builtins if base is not object] and cls.__doc__
     assert str(cls("one\nmessage")) == "one\nmessage"

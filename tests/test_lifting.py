@@ -259,7 +259,9 @@ def test_a_script_module_is_refused():
 def test_a_lazy_module_is_refused_until_it_was_called():
     lazy, x = nn.LazyLinear(2), torch.ones(1, 2)
     lifted = remat(lambda m, x: m(x))
-    with pytest.raises(UnsupportedError, match=r"remat\(.*\): 'weight' is not initialised yet; call the lazy module once"):
+    with pytest.raises(
+        UnsupportedError, match=r"remat\(.*\): 'weight' is not initialised yet; call the lazy module once"
+    ):
         lifted(lazy, x)
     lazy(x)
     assert torch.equal(lifted(lazy, x), lazy(x))
@@ -354,7 +356,9 @@ def test_returning_modules_or_variables_is_refused(transform, name):
         "scan ys": lambda: scan(lambda m, c: (c, returned(m)), length=2, compile=False)(module, x),
         "apply": lambda: torchlift.apply(module, {}, method=returned),
     }[transform]
-    with pytest.raises(TransformedMethodReturnValueError, match=r"returned a (Variable|Block|Linear), expected tensors"):
+    with pytest.raises(
+        TransformedMethodReturnValueError, match=r"returned a (Variable|Block|Linear), expected tensors"
+    ):
         call()
 
 

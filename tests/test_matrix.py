@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from matrix.__main__ import limits
 from matrix.cells import CELLS, is_slow
 from matrix.contexts import CONTEXTS
-from matrix.refusals import REFUSALS, refusal_of
+from matrix.refusals import REFUSALS, limits, refusal_of
 
 
 @pytest.fixture(autouse=True)
@@ -35,4 +34,4 @@ def test_cell(cell, float64):
 def test_every_refusal_is_of_some_cell_and_in_the_list():
     refused = [refusal_of(cell) for cell in CELLS]
     assert all(refusal in refused for refusal in REFUSALS)
-    assert len(limits()) == len(REFUSALS)
+    assert len(limits(CELLS)) == len(REFUSALS)

@@ -222,9 +222,9 @@ def test_none_leaves_pass_every_transform():
     for run in (torchlift.vmap(body, in_axes=(0, None)), torchlift.vmap(body), torchlift.remat(body)):
         out = run(layer, x, None)
         assert out["none"] is None and torch.allclose(out["y"], layer(x), rtol=1e-12)
-    carry, ys = torchlift.scan(lambda m, carry, x: (carry, (m(x[0]), x[1])), variable_broadcast="params", compile=False)(
-        layer, None, (x, None)
-    )
+    carry, ys = torchlift.scan(
+        lambda m, carry, x: (carry, (m(x[0]), x[1])), variable_broadcast="params", compile=False
+    )(layer, None, (x, None))
     assert carry is None and ys[1] is None and torch.allclose(ys[0], layer(x), rtol=1e-12)
 
 

@@ -89,7 +89,9 @@ def test_values_gradients_state_and_draws(form, policy):
 
 
 @pytest.mark.parametrize("policy", ["none", "dots"])
-@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacrev", "vmap", "grad of grad", "vmap of grad", "hessian"])
+@pytest.mark.parametrize(
+    "transform", ["grad", "vjp", "jvp", "jacrev", "vmap", "grad of grad", "vmap of grad", "hessian"]
+)
 def test_under_transforms_of_torch(transform, policy):
     module = Block(3).eval()
     lifted = remat(Block.forward, policy=POLICIES[policy])
@@ -227,7 +229,9 @@ def test_hooks_of_the_root_run_once_and_those_inside_again():
 
 def test_variables_says_what_may_change():
     module, x = Block(), torch.randn(4, SIZE)
-    match = r"remat\(.*variables='state'\): changed 'norm.\w+' of collection 'batch_stats', .*; add 'batch_stats' to var"
+    match = (
+        r"remat\(.*variables='state'\): changed 'norm.\w+' of collection 'batch_stats', .*; add 'batch_stats' to var"
+    )
     with pytest.raises(ModifyCollectionError, match=match):
         remat(Block.forward, variables="state")(module, x)
     assert module.count == 0 and module.norm.num_batches_tracked == 0

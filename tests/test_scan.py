@@ -129,21 +129,28 @@ def test_broadcast_in_out_and_keywords(compile):
 @PATHS
 def test_a_broadcast_output_is_checked(compile):
     lifted = scan(lambda m, c, x: (c, {"k": [x]}), out_axes=broadcast, compile=compile)
-    with pytest.raises(AxisError, match=r"ys\['k'\]\[0\] differs between iterations, but its out axis is broadcast; give"):
+    with pytest.raises(
+        AxisError, match=r"ys\['k'\]\[0\] differs between iterations, but its out axis is broadcast; give"
+    ):
         lifted(nn.Identity(), torch.zeros(()), torch.arange(3.0))
 
 
 def test_no_ys_and_no_xs():
     carry, ys = scan(lambda m, c: (2 * c, None), length=4, compile=False)(nn.Identity(), torch.ones(()))
     assert carry == 16 and ys is None
-    carry, (a, b) = scan(lambda m, c, x: (c, (x, None)), in_axes=1, compile=False)(nn.Identity(), None, torch.ones(2, 3))
+    carry, (a, b) = scan(lambda m, c, x: (c, (x, None)), in_axes=1, compile=False)(
+        nn.Identity(), None, torch.ones(2, 3)
+    )
     assert carry is None and a.shape == (3, 2) and b is None
 
 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: scan(Cell.forward)(Cell(), 0, torch.ones(2, 3), torch.ones(4)), "the lengths disagree, expected one: "),
+        (
+            lambda: scan(Cell.forward)(Cell(), 0, torch.ones(2, 3), torch.ones(4)),
+            "the lengths disagree, expected one: ",
+        ),
         (lambda: scan(lambda m, c: (c, None))(Cell(), 0), "nothing is scanned over, so the length is not known; pass"),
         (
             lambda: scan(lambda m, c, x: (c, x), length=4)(Cell(), 0, torch.ones(2)),
@@ -182,7 +189,9 @@ def test_axes_and_lengths_that_do_not_fit(call, match):
 
 
 def test_calls_of_another_form():
-    with pytest.raises(TransformTargetError, match=r"scan\(.*\): got no carry, expected a call \(carry, \*xs\), with None"):
+    with pytest.raises(
+        TransformTargetError, match=r"scan\(.*\): got no carry, expected a call \(carry, \*xs\), with None"
+    ):
         scan(lambda m: None)(Cell())
     with pytest.raises(TransformTargetError, match=r"remat_scan\(.*\): got 2 arguments, expected one, the carry"):
         remat_scan(lambda m, c: c, lengths=(2,))(Cell(), 1, 2)
@@ -220,8 +229,14 @@ def test_numbers_in_the_carry_come_back_as_tensors(compile):
 
 
 CARRIES = {
-    "structure": (lambda m, c, x: ((c["h"], x), x), r"structure: got tuple with leaves \['\[0\]', '\[1\]'\], expected dict"),
-    "a leaf more": (lambda m, c, x: ({**c, "new": x}, x), r"got dict with leaves \[.*'new'.*\], expected dict with leaves"),
+    "structure": (
+        lambda m, c, x: ((c["h"], x), x),
+        r"structure: got tuple with leaves \['\[0\]', '\[1\]'\], expected dict",
+    ),
+    "a leaf more": (
+        lambda m, c, x: ({**c, "new": x}, x),
+        r"got dict with leaves \[.*'new'.*\], expected dict with leaves",
+    ),
     "shape": (
         lambda m, c, x: ({"h": c["h"], "s": [c["s"][0][None]]}, x),
         r"carry\['s'\]\[0\] changed: got torch.float64 \[1, 2\], expected torch.float64 \[2\]",
@@ -232,7 +247,10 @@ CARRIES = {
     ),
     "no pair": (lambda m, c, x: c, r"the body returned dict, expected a pair \(carry, ys\), with None for no ys"),
     "three": (lambda m, c, x: (c, x, x), r"the body returned tuple, expected a pair \(carry, ys\)"),
-    "None": (lambda m, c, x: ({"h": None, "s": c["s"]}, x), r"carry\['h'\] changed: got None, expected torch.float64 \[\]"),
+    "None": (
+        lambda m, c, x: ({"h": None, "s": c["s"]}, x),
+        r"carry\['h'\] changed: got None, expected torch.float64 \[\]",
+    ),
 }
 
 
@@ -384,7 +402,9 @@ def test_a_body_whose_content_cannot_be_told_runs_as_the_plain_loop():
     for name, value in (("array", array("d", [1.0])), ("deep", [[[[[[[[1]]]]]]]])):
         cell.extra = value
         lifted = scan(Cell.forward, compile={**AOT, "options": {name: 1}})
-        with pytest.warns(TorchliftCompileWarning, match=r"scan\(Cell.forward, .*\) runs as a plain Python loop: a plain"):
+        with pytest.warns(
+            TorchliftCompileWarning, match=r"scan\(Cell.forward, .*\) runs as a plain Python loop: a plain"
+        ):
             close(lifted(cell, carry, xs), loop(cell, carry, xs))
 
 

@@ -169,7 +169,10 @@ def test_variables_move_and_load_with_the_module():
         (lambda m: Variable(m, "state", "c"), r"Every has no variable 'c' in collection 'state', only \['count'\]"),
         (lambda m: Variable(m, "stat", "count"), r"no variable 'count' in collection 'stat', only \[\]"),
         (lambda m: variable(m, "state", "new"), "no variable 'new' in collection 'state': pass init_fn to declare it"),
-        (lambda m: variable(m, "state", "a.b", torch.zeros, 1), "'a.b' .* cannot be declared: the name has a dot in it"),
+        (
+            lambda m: variable(m, "state", "a.b", torch.zeros, 1),
+            "'a.b' .* cannot be declared: the name has a dot in it",
+        ),
         (lambda m: variable(m, "state", "linear", torch.zeros, 1), "the name is taken by another attribute"),
         (lambda m: variable(m, "other", "count", torch.zeros, 1), "'count' of collection 'other' cannot be declared"),
     ],
@@ -385,7 +388,10 @@ def test_apply_rngs():
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"params": {"weigth": 0}}, r"apply\(Linear\): got a variable 'weigth' of collection 'params', expected one of"),
+        (
+            {"params": {"weigth": 0}},
+            r"apply\(Linear\): got a variable 'weigth' of collection 'params', expected one of",
+        ),
         ({"param": {"weight": 0}}, r"'weight' of collection 'param', expected one of \['params'\]"),
     ],
 )

@@ -139,7 +139,10 @@ def test_a_disagreement_names_the_sizes():
         (lambda: vmap(add, out_axes=3)(nn.Identity(), X), "an output has 2 dimensions, the mapped one included, so no"),
         (lambda: vmap(add, in_axes="0")(nn.Identity(), X), "in_axes has '0', expected ints and None"),
         (lambda: vmap(add, in_axes=(0, True))(nn.Identity(), X, X), "in_axes has True, expected ints and None"),
-        (lambda: vmap(add, in_axes=(0,))(nn.Identity(), X, X), r"in_axes: axes \(0,\) do not fit a value with 2 elements"),
+        (
+            lambda: vmap(add, in_axes=(0,))(nn.Identity(), X, X),
+            r"in_axes: axes \(0,\) do not fit a value with 2 elements",
+        ),
         (lambda: vmap(add, out_axes=(0, 0))(nn.Identity(), X), r"out_axes: axes \(0, 0\) do not fit a value with"),
     ],
 )
@@ -236,7 +239,9 @@ def test_in_is_read_only_and_out_is_created():
     module = Accumulator()
     stack = stack_modules([Accumulator() for _ in range(N)])
     x = torch.ones(N, 2)
-    with pytest.raises(ModifyCollectionError, match="changed 'total' of collection 'state', which is read-only there; give"):
+    with pytest.raises(
+        ModifyCollectionError, match="changed 'total' of collection 'state', which is read-only there; give"
+    ):
         vmap(lambda m, x: m(x), variable_axes={"state": In(0)})(stack, x)
     assert not stack.total.any()
     seen = vmap(lambda m, x: m.total + x, variable_axes={"state": In(0)})(stack, x)
@@ -274,7 +279,9 @@ def test_declared_in_the_body():
     for _ in range(2):
         lifted(counter, torch.arange(3.0))
     assert torch.equal(counter.count, 2 * torch.arange(3.0))
-    with pytest.raises(ModifyCollectionError, match=r"created 'count' in collection 'state', .*variable_axes=\{'state': 0\}"):
+    with pytest.raises(
+        ModifyCollectionError, match=r"created 'count' in collection 'state', .*variable_axes=\{'state': 0\}"
+    ):
         vmap(lambda m, x: m(x))(Counter(), torch.arange(3.0))
 
 

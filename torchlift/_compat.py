@@ -554,3 +554,21 @@ def kept_in_order(*ops: Any) -> Callable[[], bool]:
 
     keep._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
     return keep
+
+
+# --- derivatives --------------------------------------------------------------------------------------------------
+
+
+def inside_checkpoint() -> bool:
+    """Whether Dynamo traces the body of a checkpoint; asked of Dynamo, which calls this rather than trace it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tracer = InstructionTranslator.current_tx().output.current_tracer
+    while tracer is not None:
+        if tracer.source_target is torch.ops.higher_order.tag_activation_checkpoint:
+            return True
+        tracer = tracer.parent
+    return False
+
+
+inside_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]

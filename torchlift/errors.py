@@ -63,6 +63,14 @@ class BranchError(TorchliftError, ValueError):
     """The branches of a ``cond`` or ``switch`` return different things, or cannot be chosen between."""
 
 
+class IterationError(TorchliftError, ValueError):
+    """The iterations of a loop return values that cannot be stacked: other structures, shapes, or plain values."""
+
+
+class OptionError(TorchliftError, ValueError):
+    """An option of a loop or of its compilation has a value that it cannot have."""
+
+
 class ModifyCollectionError(TorchliftError, RuntimeError):
     """A body changed a variable of a collection that is read-only there."""
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift.errors import UnsupportedError
 from torchlift.collecting import INTERNALS, SCALARS, Node
+from torchlift.errors import UnsupportedError
 from torchlift.pack import Packed
 from torchlift.variables import AT, class_of
 
@@ -130,7 +130,7 @@ def _text(value: Any) -> str:
     return f"{type(value).__qualname__}@{id(value)}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _source(cls: type) -> str:
     try:
         return inspect.getsource(cls)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from torchlift import _compat, stacking
-from torchlift.errors import TransformTargetError
 from torchlift.collecting import INSIDE
+from torchlift.errors import TransformTargetError
 
 Target = Any  # a module class, a functools.partial of one, or a function whose first argument is a module
 

@@ -33,7 +33,17 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.filters import matches
-from torchlift.variables import AT, ATTRIBUTE, COLLECTIONS, Capture, Site, Variable, assign_collection, collection_of, sow_at
+from torchlift.variables import (
+    AT,
+    ATTRIBUTE,
+    COLLECTIONS,
+    Capture,
+    Site,
+    Variable,
+    assign_collection,
+    collection_of,
+    sow_at,
+)
 
 
 class Change(NamedTuple):
@@ -345,7 +355,7 @@ class _AnyOf:
         return any(matches(capture.filter, name) for capture in self.captures)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _calls_batch_norm(cls: type) -> bool:
     codes = [value.__code__ for base in cls.__mro__ for value in vars(base).values() if hasattr(value, "__code__")]
     return any("batch_norm" in name for code in codes for name in code.co_names)

@@ -74,18 +74,26 @@ def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...],
     # The very same __dict__, not a copy: what refers back to `first` (a hook that is a bound method) sees the stack.
     object.__setattr__(stack, "__dict__", first.__dict__)
     how.change_metadata(metadata.added, first)
-    slots = list(_located(first))
+    slots = _make_stacks(first, sizes, how)
+    for index in range(1, math.prod(sizes)):
+        module = next(modules)
+        _copy_in(slots, module, index, sizes, how)
+        if (other := fingerprint.other_setting(first, module)) is not None:
+            raise LayerMismatchError(f"{how.label}: module {index}: {other} as in module 0: a stack has one for all")
+        del module
+
+
+def _make_stacks(first: nn.Module, sizes: tuple[int, ...], how: Stacking) -> list[tuple[str, nn.Module, str, str]]:
+    """Puts stacks in the place of the tensors of ``first``, which it lets go of, and says where they are."""
+    slots = []
     stacks: dict[Tensor, Tensor] = {}
-    for name, owner, store, key, tensor in slots:
+    for name, owner, store, key, tensor in list(_located(first)):
         if tensor not in stacks:
             stacks[tensor] = _stack_like(tensor, how.axis(owner, store, key), sizes, f"{how.label}: {name!r}")
         owner.__dict__[store][key] = stacks[tensor]
+        slots.append((name, owner, store, key))
     _replace_in_lists(first, stacks)
-    for index in range(1, math.prod(sizes)):
-        module = next(modules)
-        if (other := fingerprint.other_setting(first, module)) is not None:
-            raise LayerMismatchError(f"{how.label}: module {index}: {other} as in module 0: a stack has one for all")
-        _copy_in(slots, module, index, sizes, how)
+    return slots
 
 
 def _stack_like(tensor: Tensor, axis: int | None, sizes: tuple[int, ...], where: str) -> Tensor:
@@ -125,7 +133,7 @@ def _copy_in(slots: Sequence[Any], module: nn.Module, index: int, sizes: tuple[i
             f"{how.label}: module {index} has variables {[o[0] for o in others]}, expected those of module 0: "
             f"{[s[0] for s in slots]}"
         )
-    for (name, owner, store, key, _), (*_, other) in zip(slots, others):
+    for (name, owner, store, key), (*_, other) in zip(slots, others):
         stack = owner.__dict__[store][key]
         axis = how.axis(owner, store, key)
         where = f"{how.label}: {name!r} of module {index}"

@@ -175,4 +175,6 @@ def compare(got, want, bitwise):
         assert actual.shape == expected.shape, f"{name}: got {tuple(actual.shape)}, expected {tuple(expected.shape)}"
         assert actual.dtype == expected.dtype, f"{name}: got {actual.dtype}, expected {expected.dtype}"
         equal = torch.equal(actual, expected) if bitwise else torch.allclose(actual, expected, rtol=1e-12, atol=1e-12)
-        assert equal, f"{name} differs by {(actual - expected).abs().max():.3g}, by {'0' if bitwise else '1e-12'} at most"
+        assert equal, (
+            f"{name} differs by {(actual - expected).abs().max():.3g}, by {'0' if bitwise else '1e-12'} at most"
+        )

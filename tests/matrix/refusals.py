@@ -28,14 +28,33 @@ class Refusal:
 
 STATEFUL = ("batch-norm", "custom collections")
 
+SHARED = ("vmap (shared params)",)
 REFUSALS = [
+    Refusal(
+        RuntimeError,
+        "were not batched|read-only there; give it an axis",
+        "as the next, but `torch.compile(fullgraph=True)` wraps the error in one of its own",
+        "as the next",
+        transforms=SHARED,
+        modules=STATEFUL,
+        contexts=("compiled",),
+    ),
     Refusal(
         ModifyCollectionError,
         "give it(s collection)? an axis: variable_axes=",
-        "the indices of a `vmap` have no order, so there is no last value of a variable that all of them share and change",
+        "the indices of a `vmap` have no order, so what all of them share and change has no last value",
         "give the state an axis of its own, `variable_axes={'params': None, True: 0}`",
-        transforms=("vmap (shared params)",),
+        transforms=SHARED,
         modules=STATEFUL,
+    ),
+    Refusal(
+        RuntimeError,
+        "Batching rule not implemented for aten::lstm_cell",
+        "torch has no batching rule for `nn.LSTMCell`, and what `torch.compile` traces cannot fall back to a loop",
+        "call the mapped module outside of `torch.compile`",
+        transforms=("vmap (own params)", "vmap (shared params)", "vmap (own state)"),
+        modules=("LSTM cell",),
+        contexts=("compiled",),
     ),
     Refusal(
         RuntimeError,
@@ -59,3 +78,16 @@ REFUSALS = [
 def refusal_of(cell):
     """The first refusal that covers a cell, or None."""
     return next((refusal for refusal in REFUSALS if refusal.covers(cell)), None)
+
+
+def limits(cells):
+    """The refused cells as a Markdown list, one line for each refusal."""
+    lines = []
+    for refusal in REFUSALS:
+        count = sum(refusal_of(cell) is refusal for cell in cells)
+        columns = (refusal.transforms, refusal.modules, refusal.contexts)
+        where = " / ".join(", ".join(names) if names else "any" for names in columns)
+        lines.append(
+            f"- {where}: {refusal.reason} (`{refusal.error.__name__}`, {count} cells). Instead: {refusal.way}."
+        )
+    return lines

@@ -11,6 +11,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine.capture import Graphs, stride_order
+from torchlift.errors import OptionError
 
 Boxed = Callable[[list[Any]], Any]  # takes a list, which it empties
 
@@ -36,7 +37,7 @@ class Backend:
         options = tuple(sorted((given.pop("options", None) or {}).items()))
         dynamic = given.pop("dynamic", None)
         if given:
-            raise ValueError(f"compile= has {sorted(given)}, expected backend, mode, options, dynamic, fullgraph")
+            raise OptionError(f"compile= has {sorted(given)}, expected backend, mode, options, dynamic, fullgraph")
         return Backend(name, mode, options, dynamic)
 
     @property

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from torchlift import _compat
 from torchlift.engine.draws import devices_of, read_states, write_states
-from torchlift.errors import CarryError
+from torchlift.errors import CarryError, IterationError, OptionError
 
 Tree = Any
 
@@ -51,13 +51,13 @@ def check_arguments(body: Body, xs: Xs, length: int, unroll: int, lengths: Seque
         for path, leaf in pytree.tree_flatten_with_path(xs.tree)[0]:
             if isinstance(leaf, torch.Tensor) and (leaf.ndim == 0 or leaf.shape[0] != length):
                 got = "no axis 0" if leaf.ndim == 0 else f"{leaf.shape[0]} on axis 0"
-                raise ValueError(f"{body.name}: xs{pytree.keystr(path)} has {got}, expected {length}")
+                raise IterationError(f"{body.name}: xs{pytree.keystr(path)} has {got}, expected {length}")
     elif len(xs) != length:
-        raise ValueError(f"{body.name}: xs has {len(xs)} entries, expected {length}")
+        raise IterationError(f"{body.name}: xs has {len(xs)} entries, expected {length}")
     if unroll < 1:
-        raise ValueError(f"{body.name}: unroll is {unroll}, expected 1 or more")
+        raise OptionError(f"{body.name}: unroll is {unroll}, expected 1 or more")
     if lengths is not None and math.prod(lengths) != length:
-        raise ValueError(f"{body.name}: the product of lengths {tuple(lengths)} is not the length {length}")
+        raise OptionError(f"{body.name}: the product of lengths {tuple(lengths)} is not the length {length}")
 
 
 def plain_run(
@@ -138,7 +138,9 @@ def stack(name: str, ys: list[Tree]) -> Stacked:
     for y in ys[1:]:
         leaves, other = pytree.tree_flatten(y)
         if other != spec:
-            raise ValueError(f"{name}: y has the structure {other} in one iteration and {spec} in another")
+            raise IterationError(
+                f"{name}: an iteration returned ys of structure {other}, another one {spec}; expected the same in each"
+            )
         for column, leaf in zip(columns, leaves):
             column.append(leaf)
     return Stacked(pytree.tree_unflatten([_stack_leaves(name, column) for column in columns], spec))
@@ -146,9 +148,17 @@ def stack(name: str, ys: list[Tree]) -> Stacked:
 
 def _stack_leaves(name: str, column: list[Any]) -> Any:
     if isinstance(column[0], torch.Tensor):
+        for leaf in column:
+            if leaf.shape != column[0].shape or leaf.dtype != column[0].dtype:
+                raise IterationError(
+                    f"{name}: an iteration returned a y of {leaf.dtype} {list(leaf.shape)}, another one of "
+                    f"{column[0].dtype} {list(column[0].shape)}; expected the same in each"
+                )
         return torch.stack(column)
     if any(leaf != column[0] for leaf in column[1:]):
-        raise ValueError(f"{name}: a value of y that is no tensor differs between iterations; return a tensor instead")
+        raise IterationError(
+            f"{name}: what an iteration returned beside tensors differs: {column[0]!r} and others; return a tensor instead"
+        )
     return column[0]
 
 

@@ -65,10 +65,12 @@ class Plan:
     pieces: tuple[int, ...]
     devices: tuple[torch.device, ...]
     plain: Callable[..., tuple[Any, ...]]  # the plain loop over the same tensors, for double backward
+    joined: bool = False  # ys, and gradients of xs, come as stacks; always so if xs does
     random: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = any(program.random for program, _ in self.chunks)
+        self.joined = self.joined or self.stacked
 
     @property
     def length(self) -> int:
@@ -187,7 +189,7 @@ class _Gradients:
         self.sums: list[torch.Tensor | None] = [None] * (plan.consts + plan.closures)
         self.xs: list[list[torch.Tensor | None]] = [[None] * plan.length for _ in range(plan.x_tensors)]
         self.stacks: list[torch.Tensor | None] = [None] * plan.x_tensors
-        self.y_slices = self._cut(self.ys) if plan.stacked else None
+        self.y_slices = self._cut(self.ys) if plan.joined else None
 
     @staticmethod
     def _cut(ys: Sequence[torch.Tensor | None]) -> list[Sequence[torch.Tensor] | None]:
@@ -265,7 +267,7 @@ class _Gradients:
             torch._foreach_add_(sums, new)
 
     def _put(self, index: int, grads: list[torch.Tensor | None]) -> None:
-        if not self.run.plan.stacked:
+        if not self.run.plan.joined:
             for column, grad in zip(self.xs, grads):
                 column[index] = grad
             return
@@ -284,7 +286,7 @@ class _Gradients:
 
     def flat(self) -> list[torch.Tensor | None]:
         length = self.run.plan.length
-        xs = self.stacks if self.run.plan.stacked else [column[i] for i in range(length) for column in self.xs]
+        xs = self.stacks if self.run.plan.joined else [column[i] for i in range(length) for column in self.xs]
         return [*self.sums, *self.carry, *xs]
 
 
@@ -314,7 +316,7 @@ def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, R
         carry = list(outs[: plan.carries])
         if not models:
             models = [torch.empty((), dtype=o.dtype, device=o.device).expand(o.shape) for o in outs[: program.outputs]]
-    if plan.stacked:
+    if plan.joined:
         flat = [torch.stack(column) for column in zip(*ys)]
         if train and not size:
             # NOTE [outputs on the node]: the last chunk may have saved its carry; a node that holds its own output is
@@ -395,7 +397,7 @@ class Loop(torch.autograd.Function):
         outs, kept, models = run_forward(plan, tensors)
         ctx.plan, ctx.models = plan, models
         ctx.ints, ctx.where = None, None
-        if len(plan.chunks) == 1 and not plan.stacked and not plan.pieces:
+        if len(plan.chunks) == 1 and not plan.joined and not plan.pieces:
             # One chunk: nothing to free early, so torch keeps it, and checks that nobody writes into it.
             saved = (kept.pieces.pop() or ([], [], None))[1] if kept.pieces else []
             ctx.where = [isinstance(v, torch.Tensor) for v in saved]
@@ -428,7 +430,7 @@ def _not_differentiable(plan: Plan, outs: Tensors) -> list[torch.Tensor]:
     program = plan.chunks[0][0]
     flags = program.requires_grad[: plan.carries]
     per_step = program.requires_grad[plan.carries : plan.carries + program.ys[0].tensors]
-    flags = flags + per_step * (1 if plan.stacked else plan.length)
+    flags = flags + per_step * (1 if plan.joined else plan.length)
     return [out for out, flag in zip(outs, flags) if not flag]
 
 

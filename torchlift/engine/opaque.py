@@ -11,6 +11,9 @@ dispatcher without the modes, keys and locks of the tracing around it.
 NOTE [handles]: the operator names its program by a hash of content, the text of the graphs included, because a
 compiled outer graph may come from a cache that another process wrote. A number would go stale there.
 
+NOTE [few outputs]: Inductor takes time in the square of the number of tensors that one operator returns. So values of
+all iterations come back as stacks, gradients of a thousand parameters included, and the graph cuts them.
+
 NOTE [call sites]: common-subexpression elimination merges equal calls, and two passes through one dropout would get
 one mask. So every call bears a number of its own.
 """
@@ -192,10 +195,11 @@ def _in_graph(
     y = handle.program.ys[0]
     at = handle.spec.carry.tensors
     carry = handle.spec.carry.fill(outs[:at])
+    stacks = outs[at : at + y.tensors]
     if stacked:
-        return _publish(site, carry, Stacked(y.fill(outs[at : at + y.tensors])))
-    ys = [y.fill(outs[at + i * y.tensors : at + (i + 1) * y.tensors]) for i in range(length)]
-    return _publish(site, carry, ys)
+        return _publish(site, carry, Stacked(y.fill(stacks)))
+    rows = zip(*(s.unbind(0) for s in stacks)) if stacks else [()] * length
+    return _publish(site, carry, [y.fill(row) for row in rows])
 
 
 def _publish(site: int, carry: Tree, ys: Xs) -> list[torch.Tensor]:
@@ -325,7 +329,7 @@ def _make(body: Body, spec: _Spec, metas: tuple[_Meta, ...]) -> _Handle:
     devices = devices_of(blanks)
     plan = Plan(
         chunks=chunks, order=order, consts=c, closures=0, carries=h, x_tensors=width, stacked=spec.stacked,
-        shared_draws=settings["shared_draws"], pieces=pieces, devices=devices, plain=_no_double_backward,
+        shared_draws=settings["shared_draws"], pieces=pieces, devices=devices, plain=_no_double_backward, joined=True,
     )  # fmt: skip
     assert program.shapes is not None
     text = repr((spec, metas, compiled.environment(), torch.__version__, body.key, program.feeds, program.grads))
@@ -365,14 +369,12 @@ class _Opaque(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, handle: _Handle, site: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = torch.ops.torchlift.loop_forward(list(tensors), handle.name, site)
-        plan, program = handle.plan, handle.program
-        per_step = program.ys[0].tensors
-        count = plan.carries + per_step * (1 if plan.stacked else plan.length)
+        program = handle.program
+        count = program.carries + program.ys[0].tensors
         outs = found[:count]
         ctx.handle, ctx.site, ctx.count = handle, site, len(tensors)
         ctx.save_for_backward(*tensors, *found[count:])
-        flags = program.requires_grad[: plan.carries]
-        flags += program.requires_grad[plan.carries : plan.carries + per_step] * (1 if plan.stacked else plan.length)
+        flags = program.requires_grad[:count]
         ctx.mark_non_differentiable(*(out for out, flag in zip(outs, flags) if not flag))
         ctx.flags = flags
         return tuple(outs)
@@ -383,14 +385,17 @@ class _Opaque(torch.autograd.Function):
         tensors, kept = list(saved[: ctx.count]), list(saved[ctx.count :])
         given = [g for g, flag in zip(grads, ctx.flags) if flag]
         found = iter(torch.ops.torchlift.loop_backward(tensors, kept, given, ctx.handle.name, ctx.site))
-        return None, None, *(next(found) if has else None for has in _has_grad(ctx.handle))
+        c, h, width = ctx.handle.spec.counts
+        parts = [next(found) if has else None for has in _has_grad(ctx.handle)]
+        if ctx.handle.spec.stacked:
+            return None, None, *parts
+        rows = [[None if s is None else s.select(0, i) for s in parts[c + h :]] for i in range(ctx.handle.spec.length)]
+        return None, None, *parts[: c + h], *(grad for row in rows for grad in row)
 
 
 def _has_grad(handle: _Handle) -> list[bool]:
-    """Per tensor of the loop: whether backward gives it a gradient."""
-    c, h, width = handle.spec.counts
-    grads = handle.program.grads
-    return grads[: c + h] + grads[c + h : c + h + width] * (1 if handle.spec.stacked else handle.spec.length)
+    """Whether backward gives a gradient: per const, per carry, and per leaf of xs."""
+    return handle.program.grads[: sum(handle.spec.counts)]
 
 
 def _laid_out(handle: _Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -468,8 +473,7 @@ def _backward(
 ) -> list[torch.Tensor]:
     handle = _handles[name]
     plan, program = handle.plan, handle.program
-    per_step = program.requires_grad[plan.carries : plan.carries + program.ys[0].tensors]
-    flags = program.requires_grad[: plan.carries] + per_step * (1 if plan.stacked else plan.length)
+    flags = program.requires_grad[: program.carries + program.ys[0].tensors]
     parts = iter(grads)
     given = [next(parts) if flag else None for flag in flags]
     found = run_backward(
@@ -480,7 +484,10 @@ def _backward(
     for t, grad, has in zip(tensors, found, _has_grad(handle)):
         if not has:
             continue
-        grad = torch.zeros_like(t) if grad is None else like_strided(grad, t)
+        if grad is None:
+            grad = torch.zeros_like(t)
+        elif grad.shape == t.shape:
+            grad = like_strided(grad, t)
         outs.append(grad.clone() if grad.untyped_storage().data_ptr() in used else grad)
         used.add(outs[-1].untyped_storage().data_ptr())
     return outs
@@ -506,10 +513,7 @@ def _fake_forward(tensors: list[torch.Tensor], name: str, site: int) -> list[tor
         return like.new_empty((n, *like.shape))
 
     found = [torch.empty_like(t) for t in carry]
-    if spec.stacked:
-        found += [many(spec.length, t) for t in y]
-    else:
-        found += [torch.empty_like(t) for _ in range(spec.length) for t in y]
+    found += [many(spec.length, t) for t in y]
     if not spec.train:
         return found
     size = plan.pieces[0] if plan.pieces else 1
@@ -530,7 +534,14 @@ def _fake_forward(tensors: list[torch.Tensor], name: str, site: int) -> list[tor
 def _fake_backward(
     tensors: list[torch.Tensor], kept: list[torch.Tensor], grads: list[torch.Tensor], name: str, site: int
 ) -> list[torch.Tensor]:
-    return [torch.empty_like(t) for t, has in zip(tensors, _has_grad(_handles[name])) if has]
+    handle = _handles[name]
+    c, h, _ = handle.spec.counts
+    outs = []
+    for i, (t, has) in enumerate(zip(tensors, _has_grad(handle))):
+        if has:
+            one = i < c + h or handle.spec.stacked
+            outs.append(torch.empty_like(t) if one else t.new_empty((handle.spec.length, *t.shape)))
+    return outs
 
 
 _library = torch.library.Library("torchlift", "FRAGMENT")

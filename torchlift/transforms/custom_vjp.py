@@ -104,7 +104,7 @@ class _Results:
                 self.fresh[known] = number
                 tensors.append(tensor)
             self.sources.append((leaf, False, known))
-        self.tensors = tuple(tensors)
+        self.tensors: tuple[Tensor, ...] = tuple(tensors)
         self.saved = sorted({at for _, is_operand, at in self.sources if not is_operand})
 
     def residuals(self, operands: Sequence[Tensor], saved: Sequence[Tensor]) -> Any:
@@ -207,7 +207,8 @@ class _Rule:
                 "be lost; pass it as an argument, or detach it"
             )
         self.results = _Results(form, given)
-        return self.results.tensors
+        tensors, self.results.tensors = self.results.tensors, ()  # autograd holds those, and knows when to let go
+        return tensors
 
     def _closures(self, given: list[Tensor]) -> str:
         found = find_closures(self.label, self.config.forward_fn, self.call.again, given)

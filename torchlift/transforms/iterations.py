@@ -15,7 +15,15 @@ from torchlift._context import entered
 from torchlift.engine import loop
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import run
-from torchlift.errors import AxisError, CarryError, RandomnessError, TorchliftCompileWarning, UnsupportedError, warn
+from torchlift.errors import (
+    AxisError,
+    CarryError,
+    IterationError,
+    RandomnessError,
+    TorchliftCompileWarning,
+    UnsupportedError,
+    warn,
+)
 from torchlift.groups import Groups, Role
 from torchlift.pack import Change, Meta, Packed, Update
 from torchlift.transforms.compiling import constant, results, token
@@ -79,6 +87,7 @@ class Iterations:
         count = len(carry)
         self.xs_at = [at for at, axis in enumerate(axes) if axis is not broadcast and at >= count and axis is not None]
         self.const_at = [at for at in range(count, len(axes)) if at not in self.xs_at]
+        self.uniform = False
         self.begin = rng.positions()
         self.starts: dict[int, dict[str, tuple[int, int]]] = {}
 
@@ -134,12 +143,26 @@ class Iterations:
                 carried.append(change)
             else:
                 stacked.append((change, value if self.packed.nested else value.detach()))
+        if self.uniform:
+            stacked = self._uniform(tensors, stacked)
         y_leaves, y_spec = _tree.flatten(ys)
         sown, sown_spec = _tree.flatten(update.sown)
         meta = Meta(tuple([change for change, _ in stacked]), update.meta.sites)
         static = token(_Result(y_spec, sown_spec, meta, tuple(carried)))
         y_leaves = [_as_tensor(leaf, self.device) for leaf in y_leaves]
         return ([state[at] for at in self.carried], new_carry), (y_leaves, [v for _, v in stacked], sown, static)
+
+    def _uniform(self, tensors: list[Tensor], stacked: list[tuple[Change, Tensor]]) -> list[tuple[Change, Tensor]]:
+        """The same changes in each iteration: every buffer that may change, with the value that it has."""
+        new = {change.entry: value for change, value in stacked}
+        found = []
+        for at in self.scanned:
+            entry = self.packed.entries[at]
+            if self.packed.writable[at] and entry.store == "_buffers":
+                node, key, collection = entry.places[0]
+                place = self.packed.nodes.index(node)
+                found.append((Change("copy", place, "_buffers", key, at, collection), new.get(at, tensors[at])))
+        return found
 
     def _streams(self, index: Any) -> entered:
         """NOTE [Streams in loops]. An iteration that is recomputed draws from its streams as it did at first; a stream
@@ -206,7 +229,15 @@ class Iterations:
                 _warn_once(f"{self.label} runs as a plain Python loop: {error}")
             drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) else None
             body = loop.Body(self.body, key, self.label)
-            (state, leaves), ys = run(body, consts, carry, xs, length, compile=compile, **options)
+            states = rng.default_states()
+            try:
+                (state, leaves), ys = run(body, consts, carry, xs, length, compile=compile, **options)
+            except IterationError:
+                # Iterations that change different variables: once more, with all that may change.
+                self.uniform, self.starts = True, {}
+                rng.restore_defaults(states)
+                rng.rewind(self.begin)
+                (state, leaves), ys = run(body, consts, carry, xs, length, compile=False, **options)
             if drawn is not None and not _compat.is_tracing() and rng.drew(drawn):
                 rng.restore_defaults(drawn)
                 raise RandomnessError(dict(packed.refused)[rng.DROPOUT])

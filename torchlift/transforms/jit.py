@@ -75,9 +75,14 @@ class _Jit(Transform):
         left = [None if at in static.positions else arg for at, arg in enumerate(args, 1)]
         given = {name: value for name, value in kwargs.items() if name not in static.names}
         roots = _roots(module, args, kwargs)
-        tensors = _tensors(roots)
-        donated = self._donated(donate.of(args, kwargs), tensors, _tree.flatten((args, kwargs))[0], label)
-        self._check_device([*tensors, *_tree.flatten((args, kwargs))[0]], label)
+        leaves = _tree.flatten((args, kwargs))[0]
+        for leaf in leaves:
+            if isinstance(leaf, _Donated):
+                raise leaf.error()
+        giving = donate.of(args, kwargs)
+        tensors = [*_tensors(roots), *leaves] if giving or self.device is not None else []
+        donated = self._donated(giving, tensors, label)
+        self._check_device(tensors, label)
         guard = _Guard(self, roots, label) if not (self.variables is True and self.rngs is True) else None
         try:
             out, sown = run(module, left, given, bool(context.captures))
@@ -136,18 +141,13 @@ class _Jit(Transform):
                     "the module and its arguments there"
                 )
 
-    def _donated(
-        self, arguments: dict[int | str, Any], tensors: Sequence[Tensor], leaves: Sequence[Any], label: str
-    ) -> list[tuple[Tensor, str]]:
-        for leaf in leaves:
-            if isinstance(leaf, _Donated):
-                raise leaf.error()
+    def _donated(self, arguments: dict[int | str, Any], tensors: Sequence[Any], label: str) -> list[tuple[Tensor, str]]:
         donated: list[tuple[Tensor, str]] = []
         for place, argument in arguments.items():
             for leaf in _tree.flatten(argument)[0]:
                 if isinstance(leaf, Tensor) and all(leaf is not tensor for tensor, _ in donated):
                     donated.append((leaf, f"{label} as argument {place!r}"))
-        needed = any(t.requires_grad for t in (*tensors, *leaves) if isinstance(t, Tensor))
+        needed = any(t.requires_grad for t in tensors if isinstance(t, Tensor))
         if donated and torch.is_grad_enabled() and needed:
             raise DonatedTensorError(
                 f"{label}: argument {next(iter(arguments))!r} is donated, but a gradient is recorded, whose backward "
