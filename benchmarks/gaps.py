@@ -244,7 +244,10 @@ def main() -> None:
     for row in ROWS:
         torch_way, torchlift_way = row()
         title, ours, theirs = row.__doc__, outcome(torchlift_way), outcome(torch_way)
-        print(f"| {title} | {theirs} | {ours} |" if markdown else f"{title}\n    torch:     {theirs}\n    torchlift: {ours}")
+        if markdown:
+            print(f"| {title} | {theirs} | {ours} |")
+        else:
+            print(f"{title}\n    torch:     {theirs}\n    torchlift: {ours}")
 
 
 if __name__ == "__main__":

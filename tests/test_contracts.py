@@ -1,4 +1,4 @@
-"""The contracts that every transform keeps, one section each."""
+"""The contracts that every transform keeps, one section each; the second, publish, has a file of its own."""
 
 import copy
 import inspect
@@ -8,74 +8,18 @@ import warnings
 import pytest
 import torch
 from torch import func, nn
+from ways import NOT_MUTABLE, SIZE, WAYS, Net, clone, close, every_eager_way, every_way
 
 import torchlift
-from torchlift import apply, capture, errors, remat, remat_scan, scan, sow, variable, vmap
+from torchlift import apply, capture, errors, remat, scan, sow, vmap
 from torchlift.errors import (
     AliasError,
-    ModifyCollectionError,
     PlainAttributeError,
-    PublishError,
     TorchliftError,
     TorchliftWarning,
-    UnsupportedError,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-AOT = {"backend": "aot_eager"}
-SIZE = 3
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def clone(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-# Every transform as a way to call ``body(module, x)`` once, with the leading axis that some need put on and taken off.
-WAYS = {
-    "vmap": lambda body, **kw: (
-        lambda m, x: vmap(body, variable_axes={"state": None, "batch_stats": None}, **kw)(m, x[None])[0]
-    ),
-    "remat": lambda body: remat(body),
-    "scan": lambda body: (
-        lambda m, x: scan(lambda m, c, x: (c, body(m, x)), variable_carry=("state", "batch_stats"), compile=False)(
-            m, 0, x[None]
-        )[1][0]
-    ),
-    "scan aot": lambda body: (
-        lambda m, x: scan(lambda m, c, x: (c, body(m, x)), variable_carry=("state", "batch_stats"), compile=AOT)(
-            m, 0, x[None]
-        )[1][0]
-    ),
-    "remat_scan": lambda body: remat_scan(
-        body, lengths=(1, 1), variable_axes={}, variable_carry=("state", "batch_stats"), compile=False
-    ),
-    "remat of remat": lambda body: remat(remat(body)),
-    "vmap of remat": lambda body: WAYS["vmap"](remat(body)),
-    "remat of scan": lambda body: remat(WAYS["scan"](body)),
-}
-EAGER = [name for name in WAYS if "aot" not in name]
-every_way = pytest.mark.parametrize("way", WAYS)
-every_eager_way = pytest.mark.parametrize("way", EAGER)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(SIZE, SIZE)
-        variable(self, "state", "total", torch.zeros, SIZE)
-        variable(self, "state", "last", torch.zeros, SIZE)
-        self.steps, self.history = 0, []
-
-    def forward(self, x):
-        self.total += self.linear.bias.detach()
-        self.last = 2 * self.linear.bias
-        return self.linear(x).tanh()
-
 
 # 1. Bind -------------------------------------------------------------------------------------------------------------
 
@@ -139,178 +83,6 @@ def test_bind_gives_clones_of_what_a_body_may_mutate():
     apply(module, {"batch_stats": given}, x, mutable="batch_stats")
     assert not given["running_mean"].any()
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
-
-
-# 2. Publish ----------------------------------------------------------------------------------------------------------
-
-
-@every_way
-def test_publish_does_as_the_body_did(way):
-    module, twin, x = Net(), Net(), torch.randn(SIZE)
-    twin.load_state_dict(module.state_dict())
-    total, last, held = module.total, module.last, module.state_dict()
-    for _ in range(2):
-        close(WAYS[way](Net.forward)(module, x), twin(x))
-        assert module.total is total and torch.equal(total, twin.total) and torch.equal(held["total"], total)
-        assert module.last is not last and torch.equal(module.last, twin.last)
-        assert not module.last.requires_grad and module.last.grad_fn is None  # detached
-
-
-@pytest.mark.parametrize("way", ["vmap", "remat", "scan"])
-def test_publish_into_a_parameter_keeps_it_for_the_optimizer(way):
-    module = nn.Linear(SIZE, SIZE)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-
-    def body(m, x):
-        m.weight = nn.Parameter(torch.ones_like(m.weight))
-        return x
-
-    lifted = {
-        "vmap": lambda m, x: vmap(body, variable_axes={"params": None})(m, x[None]),
-        "remat": remat(body),
-        "scan": lambda m, x: scan(lambda m, c: (body(m, c), None), variable_carry="params", length=1, compile=False)(
-            m, x
-        ),
-    }[way]
-    lifted(module, torch.ones(SIZE))
-    assert module.weight is optimizer.param_groups[0]["params"][0] and bool((module.weight == 1).all())
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@every_way
-def test_publish_nothing_when_the_call_raises(way, error):
-    module, x = Net(), torch.randn(SIZE)
-    before, fields = clone(module), dict(module.__dict__)
-
-    def body(m, x):
-        m(x)
-        with torch.no_grad():
-            variable(m, "state", "new", torch.zeros, ())
-        raise error
-
-    for _ in range(2):
-        with pytest.raises(error):
-            WAYS[way](body)(module, x)
-        assert module.__dict__ == fields and list(module.state_dict()) == list(before)
-        assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
-    close(WAYS[way](lambda m, x: m.linear(x))(module, x), module.linear(x))
-
-
-def test_publish_is_all_or_nothing():
-    module = Net()
-
-    def body(m, x):
-        m.total += 1
-        m.extra = x
-
-    with pytest.raises(PlainAttributeError, match="extra"):
-        remat(body)(module, torch.ones(SIZE))
-    assert not module.total.any()
-
-
-NOT_MUTABLE = {
-    "vmap": (
-        lambda body: vmap(body),
-        r"vmap\(body\): changed 'total' of collection 'state', .*variable_axes=\{'state': 0",
-    ),
-    "remat": (lambda body: remat(body, variables="params"), r"remat\(body, .*'total' .*; add 'state' to variables="),
-    "scan": (
-        lambda body: lambda m, x: scan(body, length=1, compile=False)(m, x),
-        r"scan\(body, .*'total' .*'state', which is read-only there; give it an axis, .*, or carry it .*variable_carry='st",
-    ),
-    "remat_scan": (
-        lambda body: remat_scan(body, lengths=(1,), variable_axes={}, split_rngs={}, compile=False),
-        "remat_scan.*'total' of collection 'state'",
-    ),
-    "apply": (
-        lambda body: lambda m, x: apply(m, {}, x, method=body),
-        r"apply\(Net\): changed 'total' .*mutable=\['state'\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("way", NOT_MUTABLE)
-@pytest.mark.parametrize("how", ["in place", "rebound", "created", "in eval"])
-def test_publish_refuses_what_is_not_mutable(way, how):
-    lift, match = NOT_MUTABLE[way]
-
-    def body(m, x):
-        if how == "created":
-            m.register_buffer("total", torch.ones(()))
-            torchlift.set_collection(m, "state", "total")
-        elif how == "rebound":
-            m.total = m.total + 1
-        else:
-            m.total.add_(1)
-        return x
-
-    module = Net().train(how != "in eval")
-    if how == "created":
-        del module.total
-        match = match.replace("changed", "created").replace(" of collection", " (in|of) collection")
-    before = clone(module)
-    with pytest.raises(ModifyCollectionError, match=match):
-        lift(body)(module, torch.ones(1, SIZE))
-    assert list(module.state_dict()) == list(before)
-    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
-
-
-def test_publish_does_not_invent_changes():
-    norm = nn.Sequential(nn.BatchNorm1d(SIZE), nn.Linear(SIZE, SIZE))
-    x = torch.randn(4, 2, SIZE)
-    close(vmap(lambda m, x: m[1](x))(norm, x), norm[1](x))  # in training, but its norm is not called
-    close(vmap(lambda m, x: m(x))(norm.eval(), x), torch.stack([norm(row) for row in x]))
-    x = x[0]
-
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("mean", torch.zeros(SIZE))
-            self.register_buffer("var", torch.ones(SIZE))
-
-        def forward(self, x):
-            return nn.functional.batch_norm(x, self.mean, self.var, training=self.training)
-
-    ours, twin = Functional(), Functional()
-    close(remat(lambda m, x: m(x))(ours, x), twin(x))
-    assert torch.equal(ours.mean, twin.mean) and ours.mean.any()
-    close(remat(lambda m, x: m(x), variables=False)(ours.eval(), x), twin.eval()(x))
-
-
-@every_eager_way
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_publish_without_grad(way, context):
-    module = nn.Sequential(Net(), nn.Identity() if "vmap" in way else nn.BatchNorm1d(SIZE))
-    twin, x = copy.deepcopy(module), torch.randn(2, SIZE)
-    with context():
-        close(WAYS[way](lambda m, x: m(x))(module, x), twin(x))
-    for (name, got), expected in zip(module.state_dict().items(), twin.state_dict().values()):
-        assert torch.equal(got, expected), name
-
-
-def test_publish_under_torch_func_is_a_named_error():
-    module, x = Net(), torch.randn(SIZE)
-    match = (
-        r"remat\(.*\): 'last' of collection 'state' changed under an outer torch.func .*apply\(.*mutable=\['state'\]\)"
-    )
-    lifted = remat(lambda m, x: (setattr(m, "last", x * x), x.sum())[1])
-    before = clone(module)
-    for transform in (func.grad, func.vmap, lambda f: func.jacrev(f)):
-        with pytest.raises(PublishError, match=match):
-            transform(lambda x: lifted(module, x))(x)
-    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
-    grad, updated = func.grad(
-        lambda x: (lambda out: (out[0], out[1]["state"]["last"]))(apply(module, {}, x, method=lifted, mutable="state")),
-        has_aux=True,
-    )(x)
-    close(updated, x * x)
-    lifted(module, x)
-    close(module.last, x * x)
-
-
-def test_publish_of_a_deleted_variable_is_refused():
-    with pytest.raises(UnsupportedError, match="deleted 'total' in the body; delete it outside"):
-        remat(lambda m, x: delattr(m, "total"))(Net(), torch.ones(SIZE))
 
 
 # 3. Alias ------------------------------------------------------------------------------------------------------------
@@ -408,7 +180,7 @@ def test_compiled_refuses_what_eager_refuses(way):
     assert not module.total.any()
 
 
-@pytest.mark.parametrize("way", ["vmap", "remat", "scan"])
+@pytest.mark.parametrize("way", ["vmap", "remat"])
 def test_compiled_an_error_of_the_users_own_comes_through(way):
     def body(m, x):
         raise ZeroDivisionError("mine")

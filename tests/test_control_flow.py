@@ -248,7 +248,13 @@ def test_numbers_and_none_in_outputs():
 
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_draws_of_rows(randomness):
-    row = lambda x: cond(x > 0, lambda m, x: x * torch.rand(4), lambda m, x: nn.functional.dropout(x + 1 + 0 * torch.rand(4)), nn.Identity(), x)  # noqa: E501
+    row = lambda x: cond(
+        x > 0,
+        lambda m, x: x * torch.rand(4),
+        lambda m, x: nn.functional.dropout(x + 1 + 0 * torch.rand(4)),
+        nn.Identity(),
+        x,
+    )  # noqa: E501
     x = torch.tensor([1.0, -0.5, 1.0, -0.5, 1.0])
     out = torch.func.vmap(row, randomness=randomness)(x)
     equal = torch.equal(out[0], out[2]) and torch.equal(out[0], out[4])
@@ -292,6 +298,7 @@ def test_sown_values_are_put_together():
         def branch(m, x):
             torchlift.sow(m, "intermediates", "h", x * value)
             return x
+
         return branch
 
     lifted = vmap(lambda m, x: cond(x > 0, both(2), both(3), m, x))
@@ -461,6 +468,7 @@ def sown(name):
     def branch(m, x):
         torchlift.sow(m, "intermediates", name, x)
         return x
+
     return branch
 
 
@@ -476,9 +484,17 @@ def rebound(m, x):
 
 same = lambda m, x: x
 DISAGREEING = {
-    "dict": (lambda m, x: {"y": x}, lambda m, x: {"z": x}, r"cond\(Net\): the output is a tree with leaves \[.*z.*\] in false_fun"),
-    "shape": (lambda m, x: {"y": x}, lambda m, x: {"y": x[:2]}, r"output\['y'\] is torch.float64 \[2\] in false_fun, expected "
-              r"torch.float64 \[3\], as in true_fun"),  # fmt: skip
+    "dict": (
+        lambda m, x: {"y": x},
+        lambda m, x: {"z": x},
+        r"cond\(Net\): the output is a tree with leaves \[.*z.*\] in false_fun",
+    ),
+    "shape": (
+        lambda m, x: {"y": x},
+        lambda m, x: {"y": x[:2]},
+        r"output\['y'\] is torch.float64 \[2\] in false_fun, expected "
+        r"torch.float64 \[3\], as in true_fun",
+    ),  # fmt: skip
     "dtype": (same, lambda m, x: x.float(), r"output is torch.float32 \[3\] in false_fun"),
     "static": (lambda m, x: (x, "a"), lambda m, x: (x, "b"), r"output\[1\] is 'b' in false_fun, expected 'a'"),
     "state": (same, rebound, r"'count' in 'state' is torch.float64 \[2\] in false_fun, expected torch.float64 \[1\]"),
@@ -528,3 +544,12 @@ def test_filters():
 def test_returning_a_module_is_refused():
     with pytest.raises(torchlift.TransformedMethodReturnValueError, match="returned a Identity"):
         cond(True, lambda m: m, lambda m: m, nn.Identity())
+
+
+def test_a_graph_from_outside_is_refused():
+    def row(x):
+        _, pull = torchlift.vjp(lambda m, x: x.sin(), nn.Identity(), x)
+        return cond(x > 0, lambda m, x: pull(x)[1], lambda m, x: x, nn.Identity(), x)
+
+    with pytest.raises(torchlift.ClosureError, match="pass the pull-back as an operand"):
+        torch.func.vmap(row)(ROWS[:, 0])

@@ -8,7 +8,7 @@ from torch import func, nn
 
 import torchlift
 from torchlift import checkpoint_name, checkpoint_policies, is_recomputing, remat, remat_scan, scan, variable, vmap
-from torchlift.errors import ModifyCollectionError
+from torchlift.errors import AxisError, ModifyCollectionError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -321,7 +321,7 @@ def test_remat_scan_keeps_a_root_of_the_depth():
             return super().forward(x).sin().exp().tanh()
 
     n, x, peaks = 64, torch.randn(256, 8, requires_grad=True), {}
-    for lengths in ((n,), (8, 8), (4, 4, 4)):
+    for lengths in ((n,), (4, 4, 4)):
         deep = remat_scan(Step, lengths=lengths, compile=False)(8, 8)
         with Allocations(x, deep.weight, deep.bias) as memory:
             deep(x).sum().backward()
@@ -329,5 +329,29 @@ def test_remat_scan_keeps_a_root_of_the_depth():
         assert deep.weight.grad.shape == (*lengths, 8, 8)
     extra = 12  # one step's own values and gradients, and the stacked weights'
     assert n <= peaks[n,] <= n + extra
-    assert peaks[8, 8] <= 8 + 8 + extra
     assert peaks[4, 4, 4] <= 4 + 4 + 4 + extra
+
+
+# remat_scan ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["plain", "aot_eager"])
+@pytest.mark.parametrize("lengths", [(6,), (2, 3), (3, 1, 2), (1, 6)])
+def test_remat_scan(lengths, compile):
+    layers = [nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh()) for _ in range(6)]
+    stack = remat_scan(nn.Sequential, lengths=lengths, compile=compile).from_modules(layers)
+    assert stack[0].weight.shape == (*lengths, SIZE, SIZE)
+    x = expected = torch.randn(2, SIZE)
+    for layer in layers:
+        expected = layer(expected)
+    out = stack(x)
+    close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    grads = torch.stack([layer[0].weight.grad for layer in layers])
+    close(stack[0].weight.grad, grads.unflatten(0, lengths))
+
+
+def test_remat_scan_refuses_other_lengths():
+    with pytest.raises(AxisError, match=r"'weight' in 'params' has \(2, 8\) on axis 0, expected \(2, 3\)"):
+        remat_scan(lambda m, c: m(c), lengths=(2, 3), compile=False)(nn.Bilinear(8, 4, 2), torch.ones(8))

@@ -279,7 +279,7 @@ def test_sown_values_are_stacked(transform, axis):
     rows = [module.linear(row) for row in x]
     leading = transform == "vmap in scan"
     expected = torch.stack(rows)[None] if leading else torch.stack(rows, axis)
-    for name, factor in (("pre", rows), ("inner.x", rows)):
+    for name in ("pre", "inner.x"):
         (value,) = store["intermediates"][name]
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
     post = torch.stack([row.tanh() for row in rows], 0 if leading else axis)

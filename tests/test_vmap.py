@@ -117,8 +117,8 @@ def test_a_disagreement_names_the_sizes():
     stack = stack_modules([nn.Linear(2, 2) for _ in range(N)])
     lifted = vmap(lambda m, *args: m(torch.ones(2)), variable_axes={"params": 0}, in_axes=1)
     match = (
-        r"vmap\(<lambda>, .*\): the sizes of the mapped axis disagree, expected one: 'weight' in 'params' \(axis 0\): 3, "
-        r"'bias' in 'params' \(axis 0\): 3, argument leaf 0 \(axis 1\): 4"
+        r"vmap\(<lambda>, .*\): the sizes of the mapped axis disagree, expected one: 'weight' in 'params' \(axis 0\): 3"
+        r", 'bias' in 'params' \(axis 0\): 3, argument leaf 0 \(axis 1\): 4"
     )
     with pytest.raises(AxisError, match=match):
         lifted(stack, torch.ones(3, 4))

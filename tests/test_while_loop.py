@@ -1,5 +1,8 @@
 """while_loop runs as long as the condition holds; rows that are done are frozen; a bound makes it compile."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -107,7 +110,9 @@ def test_no_iteration_and_no_carry():
     m = Net()
     assert run(m, torch.zeros(3), max_steps=0)["n"] == 0
     assert while_loop(lambda m, c: False, lambda m, c: c, m, (X, "text", None))[1:] == ("text", None)
-    while_loop(lambda m, c: m.count < 3, lambda m, c: setattr(m, "count", m.count + 1), m, None, carry_variables="state")
+    while_loop(
+        lambda m, c: m.count < 3, lambda m, c: setattr(m, "count", m.count + 1), m, None, carry_variables="state"
+    )
     assert m.count == 3
 
 
@@ -188,14 +193,19 @@ def test_a_row_that_is_done_gives_no_nan():
 
 def test_a_condition_that_becomes_mapped_on_the_way():
     m = Net()
-    lifted = vmap(lambda m, x: while_loop(lambda m, c: c[0].sum() < 4, lambda m, c: (c[0] + x, c[1] + 1), m, (torch.zeros(3), 0)))
+    lifted = vmap(
+        lambda m, x: while_loop(lambda m, c: c[0].sum() < 4, lambda m, c: (c[0] + x, c[1] + 1), m, (torch.zeros(3), 0))
+    )
     assert lifted(m, torch.tensor([0.5, 1.0, 2.0]))[1].tolist() == [3, 2, 1]
 
 
 def test_rows_that_do_not_agree_about_randomness_are_selected():
     count = lambda x: while_loop(lambda m, c: c[0] > 1, lambda m, c: (c[0] / 2, c[1] + 1), nn.Identity(), (x, 0))[1]
     inner = torch.func.vmap(lambda x: count(x) + 0 * torch.rand(()).long(), randomness="different")
-    assert torch.func.vmap(inner, randomness="same")(torch.tensor([[4.0, 1.0], [2.0, 9.0]])).tolist() == [[2, 0], [1, 4]]
+    assert torch.func.vmap(inner, randomness="same")(torch.tensor([[4.0, 1.0], [2.0, 9.0]])).tolist() == [
+        [2, 0],
+        [1, 4],
+    ]
 
 
 @pytest.mark.parametrize("outer", ["remat", "scan", "vmap of remat", "remat of vmap", "cond", "inside itself"])
@@ -341,14 +351,18 @@ def test_without_a_bound_compiled_code_has_values_and_state():
 def test_without_a_bound_compiled_code_refuses_gradients():
     m = nn.Linear(3, 3)
     loop = lambda x: while_loop(lambda m, x: x.sum() > 1, lambda m, x: m(x) / 2, m, x)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot differentiate a loop without bound; pass max_steps="):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="cannot differentiate a loop without bound; pass max_steps="
+    ):
         compiled(loop)(X[0])
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="torch.func transform; pass max_steps="):
         compiled(torch.func.vmap(loop))(X)
 
 
 def test_a_loop_in_a_compiled_scan():
-    step = lambda bound: lambda m, c, x: (while_loop(lambda m, y: y > 1, lambda m, y: y / 2, m, c + x, max_steps=bound), None)
+    step = lambda bound: (
+        lambda m, c, x: (while_loop(lambda m, y: y > 1, lambda m, y: y / 2, m, c + x, max_steps=bound), None)
+    )
     x = 3 * torch.rand(4, requires_grad=True)
     outs = []
     for bound, compile in ((3, {"backend": "aot_eager"}), (3, False)):
@@ -367,7 +381,9 @@ def test_compiled_code_cannot_repeat_its_draws():
 
 
 def test_no_rows_at_all():
-    out = vmap(lambda m, x: while_loop(lambda m, x: x.sum() > 1, lambda m, x: x / 2, m, x))(nn.Identity(), torch.ones(0, 3))
+    out = vmap(lambda m, x: while_loop(lambda m, x: x.sum() > 1, lambda m, x: x / 2, m, x))(
+        nn.Identity(), torch.ones(0, 3)
+    )
     assert out.shape == (0, 3)
 
 
@@ -386,7 +402,11 @@ def grown(m, n):
 
 REFUSED = {
     "structure": (lambda m, n: (n, n), torchlift.CarryError, r"body_fn returned tuple with leaves .* as in init"),
-    "dtype": (lambda m, n: n.float(), torchlift.CarryError, r"returned torch.float32 \[\] as carry, expected torch.int64"),
+    "dtype": (
+        lambda m, n: n.float(),
+        torchlift.CarryError,
+        r"returned torch.float32 \[\] as carry, expected torch.int64",
+    ),
     "created": (created, torchlift.CarryError, "created 'new' in 'state'"),
     "state": (grown, torchlift.CarryError, r"'count' in 'state' is torch.float64 \[2\] after an iteration"),
 }
@@ -426,3 +446,25 @@ def test_misuse_is_refused():
             while_loop(lambda m, x: sows(m, x) > 1, sows, m, 3.0)
         with pytest.raises(torchlift.UnsupportedError, match="sowed 'x' in an iteration"):
             vmap(lambda m, x: while_loop(lambda m, x: x > 1, sows, m, x))(m, X[:, 0])
+
+
+# Example -------------------------------------------------------------------------------------------------------------
+
+
+def test_implicit_layer():
+    path = Path(__file__).resolve().parent.parent / "examples" / "implicit_layer.py"
+    spec = importlib.util.spec_from_file_location("implicit_layer", path)
+    layer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layer)
+    losses = layer.main(steps=30)
+    assert losses[-1] < 0.5 * losses[0]
+    cell, x = layer.Cell(2, 4), torch.randn(3, 2, requires_grad=True)
+    z, through = layer.implicit(cell, x), torch.zeros(3, 4)
+    for _ in range(200):
+        through = cell(through, x)
+    assert_same(z, through)
+    inputs = [x, *cell.parameters()]
+    found, wanted = (torch.autograd.grad(y.square().sum(), inputs) for y in (z, through))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+    samples = torch.func.vmap(grad(lambda x: layer.implicit(cell, x).square().sum()))(x.detach())
+    torch.testing.assert_close(samples, wanted[0], rtol=1e-9, atol=1e-11)

@@ -39,6 +39,12 @@ def is_fake(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a fake tensor (shape, dtype and device without data)."""
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` belongs to a capture: a fake one, or AOTAutograd's wrapper around one."""
+    return is_fake(tensor) or isinstance(tensor, torch._subclasses.functional_tensor.FunctionalTensor)
+
+
 NormBase = torch.nn.modules.batchnorm._NormBase
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
@@ -563,7 +569,7 @@ def inside_checkpoint() -> bool:
     """Whether Dynamo traces the body of a checkpoint; asked of Dynamo, which calls this rather than trace it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    tracer = InstructionTranslator.current_tx().output.current_tracer
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
     while tracer is not None:
         if tracer.source_target is torch.ops.higher_order.tag_activation_checkpoint:
             return True

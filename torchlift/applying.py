@@ -71,7 +71,8 @@ def apply(
         if entry.root == 0 and matches(mutable, entry.collection) and entry.store != "attribute":
             updated.setdefault(entry.collection, {})[entry.name] = tensor
     for change, value in zip(update.meta.changes, update.changed, strict=True):
-        name = packed.entries[change.entry].name if change.how == "copy" else packed.nodes[change.node].dotted(change.key)
+        node = packed.nodes[change.node]
+        name = packed.entries[change.entry].name if change.how == "copy" else node.dotted(change.key)
         updated.setdefault(change.collection, {})[name] = value
     for site, value in zip(update.meta.sites, update.sown, strict=True):
         if matches(mutable, site.collection):

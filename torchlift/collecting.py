@@ -362,7 +362,7 @@ def _acts(hook: Any) -> bool:
 
 
 def derived_attributes(module: nn.Module) -> tuple[str, ...]:
-    """Plain attributes that a forward pre-hook computes anew from parameters before each call (weight norm, pruning)."""
+    """Plain attributes that a forward pre-hook computes from parameters before each call (weight norm, pruning)."""
     hooks = module.__dict__["_forward_pre_hooks"]
     if not hooks:
         return ()

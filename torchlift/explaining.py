@@ -35,8 +35,8 @@ class Explanation:
         for loop in self.loops:
             if loop.path == "compiled":
                 detail = (
-                    f"{loop.compilations} compilations, {loop.nodes} autograd nodes, {loop.saved_bytes} bytes saved and "
-                    f"{loop.recomputed} operations recomputed per iteration"
+                    f"{loop.compilations} compilations, {loop.nodes} autograd nodes, {loop.saved_bytes} bytes saved "
+                    f"and {loop.recomputed} operations recomputed per iteration"
                 )
             else:
                 detail = f"because: {loop.reason}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 from torchlift.errors import FilterError
 
@@ -19,7 +19,8 @@ class DenyList:
         deny: a filter, the complement of which this is.
 
     Example:
-        >>> torchlift.vmap(torch.nn.Linear, variable_axes={torchlift.DenyList("buffers"): 0}, axis_size=2)(3, 4).weight.shape
+        >>> most = torchlift.DenyList("buffers")
+        >>> torchlift.vmap(torch.nn.Linear, variable_axes={most: 0}, axis_size=2)(3, 4).weight.shape
         torch.Size([2, 4, 3])
     """
 
@@ -56,7 +57,7 @@ class Out:
     axis: int | None
 
 
-Filter = Union[bool, str, Iterable[str], DenyList]
+Filter = bool | str | Iterable[str] | DenyList
 
 
 def check(filter: Any, where: str) -> None:

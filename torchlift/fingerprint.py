@@ -62,9 +62,9 @@ def of_value(value: Any, depth: int = _DEPTH) -> Hashable:
     if kind in _ATOMS:
         return (kind, value)
     if isinstance(value, (Tensor, nn.Module)):
-        return kind  # tensors are inputs, modules have nodes of their own
+        return f"{kind.__module__}.{kind.__qualname__}"  # tensors are inputs, modules have nodes of their own
     if depth == 0:
-        raise UnsupportedError(f"a plain attribute of type {kind.__name__} is nested too deeply to tell when it changes")
+        raise UnsupportedError(f"a plain attribute of type {kind.__name__} is nested too deeply to see it change")
     if isinstance(value, (list, tuple)):
         return (kind, tuple(of_value(v, depth - 1) for v in value))
     if isinstance(value, Mapping):
@@ -89,7 +89,7 @@ def _of_callable(fn: Any, depth: int) -> Hashable:
     if depth <= 0:
         return fn
     if isinstance(fn, functools.partial):
-        return ("partial", _of_callable(fn.func, depth - 1), of_value(fn.args, depth - 1), of_value(fn.keywords, depth - 1))
+        return ("partial", _of_callable(fn.func, depth - 1), of_value((fn.args, fn.keywords), depth - 1))
     if isinstance(fn, types.MethodType):
         return ("method", _of_callable(fn.__func__, depth - 1), of_value(fn.__self__, depth - 1))
     if not isinstance(fn, types.FunctionType):
@@ -107,7 +107,8 @@ def _of_cell(cell: Any, depth: int) -> Hashable:
 
 def _globals_of(fn: types.FunctionType) -> Hashable:
     known = fn.__globals__
-    return tuple((name, known[name]) for name in fn.__code__.co_names if type(known.get(name)) in (bool, int, float, str))
+    plain = (bool, int, float, str)
+    return tuple((name, known[name]) for name in fn.__code__.co_names if type(known.get(name)) in plain)
 
 
 def digest(key: Hashable) -> str:
@@ -146,7 +147,7 @@ def other_setting(first: nn.Module, module: nn.Module) -> str | None:
     others = dict(module.named_modules(remove_duplicate=False))
     for path, expected in first.named_modules(remove_duplicate=False):
         other = others.get(path)
-        if type(other) is not type(expected):
+        if other is None or class_of(other) is not class_of(expected):
             return f"{path!r} is a {type(other).__name__}, expected a {type(expected).__name__}"
         for key, value in expected.__dict__.items():
             got = other.__dict__.get(key)

@@ -300,8 +300,8 @@ class Packed(Collected):
             if self.buffers and all(self.writable[index] for index in self.buffers):
                 names = sorted({self.entries[index].collection for index in self.buffers})
                 raise PublishError(
-                    f"{self.label}: a variable of {names} was written under an outer torch.func.vmap without having its "
-                    "axis; give it one, and take the new state as an output: torchlift.apply(module, "
+                    f"{self.label}: a variable of {names} was written under an outer torch.func.vmap without having "
+                    "its axis; give it one, and take the new state as an output: torchlift.apply(module, "
                     f"{{{names[0]!r}: {{name: tensor}}}}, ..., mutable={names})"
                 ) from error
 
@@ -334,7 +334,8 @@ class Packed(Collected):
         tensors = owner.__dict__[change.store]
         if change.how == "create" and change.key not in tensors:
             if change.store == "_parameters":
-                owner.register_parameter(change.key, nn.Parameter(value) if not self.nested else value)
+                parameter: Any = value if self.nested else nn.Parameter(value)  # bound ones may be any tensor
+                owner.register_parameter(change.key, parameter)
             else:
                 owner.register_buffer(change.key, value)
                 assign_collection(owner, change.key, change.collection)
@@ -356,6 +357,6 @@ class _AnyOf:
 
 
 @functools.cache
-def _calls_batch_norm(cls: type) -> bool:
+def _calls_batch_norm(cls: Any) -> bool:
     codes = [value.__code__ for base in cls.__mro__ for value in vars(base).values() if hasattr(value, "__code__")]
     return any("batch_norm" in name for code in codes for name in code.co_names)

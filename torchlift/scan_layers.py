@@ -165,7 +165,7 @@ def _call_layer(layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _register(layers: ScanLayers, x: Any, args: Any, kwargs: Any) -> str:
     """Called while Dynamo traces, with the real layers: the key of their body in a graph around it."""
 
-    def make(layers: nn.Module) -> _Call:
+    def make(layers: ScanLayers) -> _Call:
         call = _Call(layers, fleshed(x), fleshed(args), fleshed(kwargs))
         call.attributes = _attributes(call.packed[0], layers.scanned_attributes)
         return call

@@ -115,7 +115,7 @@ def _position(axis: int, ndim: int, where: str) -> int:
 
 
 def _select(stack: Tensor, axis: int, index: int, sizes: tuple[int, ...]) -> Tensor:
-    """The view of a stack at a flat ``index`` over ``sizes``, which lie from ``axis`` on. ``axis`` may not be negative."""
+    """The view of a stack at a flat ``index`` over ``sizes``, which lie from ``axis`` on; that is not negative."""
     view = stack.detach()
     for size, rest in zip(sizes, _strides(sizes)):
         view = view.select(axis, index // rest % size)
@@ -220,7 +220,7 @@ def sizes_of(stack: nn.Module, how: Stacking) -> tuple[int, ...]:
     return how.sizes
 
 
-def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Callable[[nn.Module], Any]) -> None:
+def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Callable[[Any], Any]) -> None:
     """Runs ``fn`` on each module of a stack, on views, and brings back what it rebound."""
     sizes = sizes_of(stack, how)
     for index in range(math.prod(sizes)):
@@ -286,7 +286,7 @@ def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
                     break
         super(cls_of(self), self)._load_from_state_dict(state_dict, prefix, *rest)
 
-    def cls_of(self: nn.Module) -> type:
+    def cls_of(self: nn.Module) -> Any:
         return next(c for c in type(self).__mro__ if c.__dict__.get("_torchlift_base") is base)
 
     found: dict[str, Any] = {
@@ -329,12 +329,12 @@ def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any, h
     rng.restore_defaults(before)  # it is there for its names only: the stack's own construction draws
     object.__setattr__(stack, "__dict__", one.__dict__)
     how.change_metadata(metadata.added, one)
+    parameter: Any = nn.UninitializedParameter  # torch's own annotations know neither by its arguments
+    buffer: Any = nn.UninitializedBuffer
     for _, owner, store, key, tensor in list(_located(one)):
-        if isinstance(tensor, nn.Parameter):
-            lazy: Any = nn.UninitializedParameter(tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
-        else:
-            lazy = nn.UninitializedBuffer(device=tensor.device, dtype=tensor.dtype)
-        owner.__dict__[store][key] = lazy
+        like = {"device": tensor.device, "dtype": tensor.dtype}
+        is_parameter = isinstance(tensor, nn.Parameter)
+        owner.__dict__[store][key] = parameter(tensor.requires_grad, **like) if is_parameter else buffer(**like)
     stack.__dict__[_PENDING] = (base, args, kwargs)
 
 

@@ -48,7 +48,9 @@ def stack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int = 
         raise StateDictError(f"{label}: there are layers {sorted(layers)}, but none with number {missing}")
     for number, layer in layers.items():
         if set(layer) != set(layers[0]):
-            raise StateDictError(f"{label}: layer {number} has {_some(layer)}, expected {_some(layers[0])} as in layer 0")
+            raise StateDictError(
+                f"{label}: layer {number} has {_some(layer)}, expected {_some(layers[0])} as in layer 0"
+            )
     stacked: dict[str, Tensor] = {}
     for name, first in layers[0].items():
         tensors = [layers[number][name] for number in sorted(layers)]
@@ -64,7 +66,9 @@ def stack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int = 
     return _in_place_of(state_dict, pattern, stacked)
 
 
-def _in_place_of(state_dict: Mapping[str, Tensor], pattern: re.Pattern[str], stacked: dict[str, Tensor]) -> dict[str, Tensor]:
+def _in_place_of(
+    state_dict: Mapping[str, Tensor], pattern: re.Pattern[str], stacked: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The state dict in its own order, with the stacked entries where the first layer's were."""
     result: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():

@@ -244,7 +244,7 @@ class Site(NamedTuple):
 class Capture:
     """One request for sown values: which collections, and what came so far."""
 
-    def __init__(self, filter: Filter):
+    def __init__(self, filter: Any):  # a Filter, or anything else that names can be asked to be in
         self.filter = filter
         self.sown: dict[Site, tuple[Any, ...]] = {}
         self.stack: list[nn.Module] = []  # modules that are being called, outermost first; only capture() fills it

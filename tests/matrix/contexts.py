@@ -67,7 +67,7 @@ def eager(cell):
 
 
 def compiled(cell):
-    lifted, twin = Lifted(cell.transform, cell.module, cell.form), Twin(cell.transform, cell.module)
+    lifted, twin = Lifted(cell.transform, cell.module, cell.form, ENGINE), Twin(cell.transform, cell.module)
     call = (lambda *args: lifted.apply(args, {})) if cell.transform.applied else lifted
     got = _run(lifted, torch.compile(call, fullgraph=True, backend="aot_eager"), capture=False)
     compare(got, _run(twin, capture=False), False)

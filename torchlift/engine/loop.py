@@ -157,7 +157,8 @@ def _stack_leaves(name: str, column: list[Any]) -> Any:
         return torch.stack(column)
     if any(leaf != column[0] for leaf in column[1:]):
         raise IterationError(
-            f"{name}: what an iteration returned beside tensors differs: {column[0]!r} and others; return a tensor instead"
+            f"{name}: what an iteration returned beside tensors differs: {column[0]!r} and others; return a tensor "
+            "instead"
         )
     return column[0]
 

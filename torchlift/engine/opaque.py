@@ -389,8 +389,9 @@ class _Opaque(torch.autograd.Function):
         parts = [next(found) if has else None for has in _has_grad(ctx.handle)]
         if ctx.handle.spec.stacked:
             return None, None, *parts
-        rows = [[None if s is None else s.select(0, i) for s in parts[c + h :]] for i in range(ctx.handle.spec.length)]
-        return None, None, *parts[: c + h], *(grad for row in rows for grad in row)
+        length = ctx.handle.spec.length
+        columns = [[None] * length if stack is None else stack.unbind(0) for stack in parts[c + h :]]
+        return None, None, *parts[: c + h], *(column[i] for i in range(length) for column in columns)
 
 
 def _has_grad(handle: _Handle) -> list[bool]:

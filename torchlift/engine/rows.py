@@ -10,6 +10,7 @@ the parameters of per-sample gradients, is gathered too, whether it differs betw
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchlift import _compat
 from torchlift._compat import pytree
+from torchlift.errors import ClosureError
 
 
 class _Gather(torch.autograd.Function):
@@ -172,8 +174,13 @@ class _OwnRow(TorchFunctionMode):
         self.levels = {axis.level for axis in rows.axes}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs or {}))
-        return pytree.tree_map_only(Tensor, self.own, func(*args, **kwargs))
+        own_args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs or {}))
+        if func is torch.autograd.grad and any(map(operator.is_not, *map(pytree.tree_leaves, (args, own_args)))):
+            raise ClosureError(
+                "a graph that was made outside is differentiated in code that runs on some rows of a vmap only, such as "
+                "the pull-back of a vjp that reaches a branch by a closure; pass the pull-back as an operand"
+            )
+        return pytree.tree_map_only(Tensor, self.own, func(*own_args, **kwargs))
 
     def own(self, x: Tensor) -> Tensor:
         """``x`` at this row, if it belongs to the axes or to a transform between them and the vmap over rows."""

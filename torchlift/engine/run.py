@@ -150,7 +150,7 @@ def _why_plain(consts: Tree, carry: Tree, xs: Xs, length: int, compile: Any) -> 
         return "forward-mode differentiation is around it", True
     tensors = [t for tree in (consts, carry, xs.tree if isinstance(xs, Stacked) else xs) for t in split(tree)[0]]
     for t in tensors:
-        if _compat.is_fake(t):
+        if _compat.is_traced(t):
             return "inside another capture", False
         if not _plain_tensor(t):
             return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True

@@ -31,7 +31,7 @@ def token(static: Any) -> Any:
 
 
 def constant(leaf: Any) -> Any:
-    """A leaf that every iteration gets. Modules and Variables are bound in the body, and none of the engine's business."""
+    """A leaf that every iteration gets. Modules and Variables are bound in the body, not given to the engine."""
     return None if isinstance(leaf, (nn.Module, Variable)) else leaf
 
 

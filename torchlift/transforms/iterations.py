@@ -113,7 +113,8 @@ class Iterations:
     def _checked(self, out: Any, given: Sequence[Any]) -> tuple[list[Any], Any]:
         if not isinstance(out, tuple) or len(out) != 2:
             raise CarryError(
-                f"{self.label}: the body returned {type(out).__name__}, expected a pair (carry, ys), with None for no ys"
+                f"{self.label}: the body returned {type(out).__name__}, expected a pair (carry, ys), with None for "
+                "no ys"
             )
         leaves, spec = _tree.flatten(out[0])
         if spec != self.carry_spec:
@@ -289,9 +290,8 @@ class Iterations:
         out_axes = tuple(out_axes) if isinstance(out_axes, list) else out_axes
         axes = _tree.broadcast_prefix(out_axes, tree, f"{self.label}: out_axes")
         names = _tree.paths(tree) if any(axis is broadcast for axis in axes) else [""] * len(axes)
-        return _tree.unflatten(
-            [self._placed_leaf(leaf, axis, name) for leaf, axis, name in zip(leaves, axes, names, strict=True)], static.ys
-        )
+        placed = [self._placed_leaf(leaf, axis, name) for leaf, axis, name in zip(leaves, axes, names, strict=True)]
+        return _tree.unflatten(placed, static.ys)
 
     def _placed_leaf(self, leaf: Any, axis: Any, name: str) -> Any:
         if not isinstance(leaf, Tensor):
@@ -352,7 +352,8 @@ def _length(
             where = f"{label}: {entry.name!r} in {entry.collection!r}"
             free = entry.tensor.ndim - levels + 1
             if not -free <= role.axis < free:
-                raise AxisError(f"{where} has shape {tuple(entry.tensor.shape)}, which has no axis {role.axis} to scan over")
+                shape = tuple(entry.tensor.shape)
+                raise AxisError(f"{where} has shape {shape}, which has no axis {role.axis} to scan over")
             axis = role.axis % free
             found[f"{entry.name!r} in {entry.collection!r}"] = tuple(entry.tensor.shape[axis : axis + levels])
             if sizes is not None and found[f"{entry.name!r} in {entry.collection!r}"] != sizes:
@@ -361,7 +362,8 @@ def _length(
     for number, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
         if isinstance(leaf, Tensor) and axis is not broadcast and axis is not None:
             if not isinstance(axis, int) or not -leaf.ndim <= axis < leaf.ndim:
-                raise AxisError(f"{label}: argument leaf {number} has shape {tuple(leaf.shape)}, which has no axis {axis!r}")
+                shape = tuple(leaf.shape)
+                raise AxisError(f"{label}: argument leaf {number} has shape {shape}, which has no axis {axis!r}")
             found[f"argument leaf {number} (axis {axis})"] = (leaf.shape[axis],)
     if not found:
         raise AxisError(f"{label}: nothing is scanned over, so the length is not known; pass length=")

@@ -88,7 +88,7 @@ class _Jit(Transform):
             out, sown = run(module, left, given, bool(context.captures))
         except _compat.capture_errors() as error:
             if _compat.comes_from_the_body(error):
-                self._inline(fn, module, args, kwargs, label, inside)  # raises what the body raises, by its own name
+                self._inline(fn, module, args, kwargs, label, inside, publish=False)  # raises as the body does
             raise UnsupportedError(
                 f"{label}: the body cannot be captured as one graph; rewrite what is named below, or pass "
                 f"fullgraph=False to let Python run between graphs. {error}"
@@ -100,14 +100,16 @@ class _Jit(Transform):
         return _give_up(donated, out, roots) if donated else out
 
     def _inline(
-        self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None
-    ) -> Any:
+        self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None,
+        publish: bool = True,
+    ) -> Any:  # fmt: skip
         packed = Packed(fn, module, args, kwargs, label, inside)
         packed.allow(lambda c: matches(self.variables, c), lambda c: f"add {c!r} to variables=")
         streams = [stream for stream in (rng.DROPOUT, *rng.positions()) if not matches(self.rngs, stream)]
         packed.refuse(streams, lambda stream: f"add {stream!r} to rngs=")
         out, update = packed.pure(packed.snapshot(), packed.leaves)
-        packed.publish(update)
+        if publish:
+            packed.publish(update)
         return out
 
     def _compiled(self, fn: Callable[..., Any], static: dict[int | str, Any], label: str) -> Callable[..., Any]:

@@ -108,11 +108,11 @@ class _View:
         for x in old.values():
             for owner, store, key in self.places[x]:
                 owner.__dict__[store][key] = x
-        in_place = all(x is before.get(path) for path, x in changed.items())
+        written = {path: x is before.get(path) for path, x in changed.items()}  # rather than rebound
         for path, x in _flat(new):
             if path in before and path not in changed:
                 continue  # so that a way there and back leaves no rounding error
-            if in_place and path in old and path[0] != data.PARAMS:
+            if written.get(path, all(written.values())) and path in old and path[0] != data.PARAMS:
                 old[path].copy_(x)
             else:
                 _put(self.root, *path, x, f"{self.label}: trans_out_fn")
@@ -247,8 +247,8 @@ def _members(config: _Map_variables, base: type[nn.Module], label: str) -> dict[
         return plain
 
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **kwargs)
-        to_stored(self)
+        # An instance of the base: its constructor calls its methods, reset_parameters say, on variables of its own.
+        object.__setattr__(self, "__dict__", to_stored(base(*args, **kwargs)).__dict__)
 
     found: dict[str, Any] = {"__init__": __init__}
     __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]  # for help() and inspect.signature

@@ -102,7 +102,8 @@ class _Vmap(Transform):
                 sizes[f"{name} (axis {role.axis})"] = _size_on(entry.tensor, role.axis, f"{label}: {name}")
         for number, (leaf, axis) in enumerate(zip(leaves, leaf_axes, strict=True)):
             if axis is not None and isinstance(leaf, Tensor):
-                sizes[f"argument leaf {number} (axis {axis})"] = _size_on(leaf, axis, f"{label}: argument leaf {number}")
+                name = f"argument leaf {number}"
+                sizes[f"{name} (axis {axis})"] = _size_on(leaf, axis, f"{label}: {name}")
         if not sizes:
             raise AxisError(f"{label}: nothing has a mapped axis, so the size is not known; pass axis_size=")
         if len(set(sizes.values())) > 1:
@@ -139,7 +140,7 @@ def _size_on(tensor: Tensor, axis: int, where: str) -> int:
 
 
 def _argument_axes(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: str) -> list[Any]:
-    """The axis of each leaf of ``(args, kwargs)``; keyword arguments are mapped on axis 0, as in ``torch.func.vmap``."""
+    """The axis of each leaf of ``(args, kwargs)``; keyword arguments are mapped on axis 0, as in torch.func.vmap."""
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
     found = _tree.broadcast_prefix(in_axes, args, f"{label}: in_axes")
