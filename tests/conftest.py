@@ -1,12 +1,14 @@
 """What every test starts from: a seed, few threads, nothing compiled before."""
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# With one process for each core, threads within them would only wait for each other.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

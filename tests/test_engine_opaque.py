@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchlift.engine import compiled, opaque
+from torchlift.engine import compiled, handles
 from torchlift.engine.loop import Body, Stacked, plain_run
 from torchlift.engine.opaque import opaque_run, register_body
 
 Pair = namedtuple("Pair", "first second")
+GRAPHS = {"backend": "aot_eager"}
 
 
 class Cell(nn.Module):
@@ -249,7 +250,7 @@ def test_named_tuples_go_in_and_come_out():
 
     def forward(a, b):
         out, _ = opaque_run(
-            make(), Pair(a, [b]), Pair(a, b), Stacked({"x": (torch.stack([a, b]),)}), 2, compile={"backend": "aot_eager"}
+            make(), Pair(a, [b]), Pair(a, b), Stacked({"x": (torch.stack([a, b]),)}), 2, compile=GRAPHS
         )  # fmt: skip
         return out
 
@@ -268,7 +269,7 @@ def test_outside_of_a_compiled_graph_it_is_run():
 def test_handles_are_hashes_of_content():
     model = Layers(3, True)
     torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(2, 4))
-    assert all(len(name) == 64 for name in opaque._handles)
+    assert all(len(name) == 64 for name in handles._handles)
 
 
 SCRIPT = """

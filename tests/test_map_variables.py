@@ -2,9 +2,7 @@
 
 import copy
 import functools
-import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -69,9 +67,6 @@ def with_weights(m, fn, x):
 
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
-
-
-# Forms ---------------------------------------------------------------------------------------------------------------
 
 
 class Decorated(Net):
@@ -177,9 +172,6 @@ def test_each_module_among_the_arguments_is_mapped_by_itself():
     assert torch.equal(run(net, other, X), linear(other, X))
 
 
-# Mutable -------------------------------------------------------------------------------------------------------------
-
-
 def test_changed_variables_go_back_through_trans_out():
     m = map_variables(Net, "state", double, halve, mutable=True)()
     m.total.fill_(1.0)
@@ -236,9 +228,6 @@ def test_batch_statistics():
     twin = nn.BatchNorm1d(3)
     assert_same(m(X), twin(X))
     assert_same(dict(m.named_buffers()), dict(twin.named_buffers()))
-
-
-# Init ----------------------------------------------------------------------------------------------------------------
 
 
 def low_rank(*args, **kwargs):
@@ -305,9 +294,6 @@ def test_init_of_a_stack(order):
     assert_same(torch.stack([module(X) for module in modules]), m(X))
     again = type(m).from_modules(modules if order == "vmap of map" else twins)
     assert_same(again(X), m(X))
-
-
-# Other transforms ----------------------------------------------------------------------------------------------------
 
 
 class Step(nn.Linear):
@@ -404,9 +390,6 @@ def test_sown_values_and_draws_pass():
     assert torch.equal(store["intermediates"]["w"][0], 2 * m.weight)
 
 
-# Refused -------------------------------------------------------------------------------------------------------------
-
-
 def test_an_exception_leaves_the_module_as_it_was():
     def fail(m, x):
         m.total.add_(1)
@@ -460,65 +443,3 @@ def test_misuse():
         map_variables(nn.Linear(3, 3))
     with pytest.raises(torchlift.TransformedMethodReturnValueError, match="returned a Linear"):
         map_variables(lambda m: m, "params")(nn.Linear(3, 3))
-
-
-# Examples ------------------------------------------------------------------------------------------------------------
-
-
-def example(name):
-    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tied_autoencoder():
-    tied = example("map_variables/tied_autoencoder")
-    model, losses = tied.main()
-    assert losses[-1] < 0.2 * losses[0] and [p.shape for p in model.parameters()] == [(3, 8)]
-    x = torch.randn(5, 8, dtype=torch.float32)
-    assert torch.equal(model.to(x.dtype)(x), x @ model.encoder.weight.T @ model.encoder.weight)
-
-
-def test_causal_mask():
-    depends = example("map_variables/causal_mask").main()
-    assert torch.equal(depends, torch.ones(6, 6).tril().bool())
-
-
-def test_one_bit():
-    one_bit = example("map_variables/one_bit")
-    model, losses = one_bit.main()
-    assert losses[-1] < 0.5 * losses[0]
-    plain = nn.Sequential(*copy.deepcopy(list(model)))
-    with torch.no_grad():
-        for p in plain.parameters():
-            p.copy_(one_bit.one_bit(p))
-    x = torch.randn(5, 2)
-    assert_same(model(x), plain(x))
-    weight = torch.randn(3, 3, requires_grad=True)
-    one_bit.one_bit(weight).square().sum().backward()
-    assert_same(weight.grad, 2 * one_bit.one_bit(weight).detach())
-
-
-def test_weight_norm():
-    layer = example("map_variables/weight_norm").main()
-    twin = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
-    with torch.no_grad():
-        twin.bias.copy_(layer.bias)
-        twin.parametrizations.weight.original0.copy_(layer.g)
-        twin.parametrizations.weight.original1.copy_(layer.v)
-    x = torch.randn(5, 4)
-    assert_same(layer(x), twin(x))
-
-
-def test_lora():
-    lora = example("map_variables/lora")
-    stack, losses = lora.main()
-    assert losses[-1] < losses[0]
-    assert {name for name, p in stack.named_parameters() if p.grad is not None} == {"a", "b"}
-    x = torch.randn(5, 16)
-    expected = x
-    for weight, bias, a, b in zip(stack.weight, stack.bias, stack.a, stack.b):
-        expected = expected + nn.functional.linear(expected, weight + b @ a, bias).tanh()
-    assert_same(stack(x)[0], expected)

@@ -69,7 +69,8 @@ def compiler_forbidden() -> str | None:
     """Why ``torch.compile`` is switched off in this process, or None."""
     from torch._dynamo import config, eval_frame
 
-    if eval_frame._stance.stance == "force_eager":
+    stance = _stance_outside[0] if _stance_outside else eval_frame._stance
+    if stance.stance == "force_eager":
         return "torch.compiler.set_stance('force_eager')"
     if config.disable:
         return "torch.compile is disabled (TORCH_COMPILE_DISABLE)"
@@ -131,7 +132,8 @@ def to_fake(mode: FakeTensorMode, like: torch.Tensor, dynamic_dims: frozenset[in
 def guards_of(mode: FakeTensorMode, fakes: list[torch.Tensor]) -> str | None:
     """The conditions on sizes under which a capture with ``fakes`` holds, for :func:`guards_hold`."""
     # Static sizes too: a symbolic size that tracing fixed after all counts as static.
-    return mode.shape_env and mode.shape_env.produce_guards_expression(fakes, ignore_static=False)
+    env: Any = mode.shape_env
+    return env and env.produce_guards_expression(fakes, ignore_static=False)
 
 
 def guards_hold(mode: FakeTensorMode, guards: str | None, tensors: list[torch.Tensor]) -> bool:
@@ -139,7 +141,8 @@ def guards_hold(mode: FakeTensorMode, guards: str | None, tensors: list[torch.Te
     if not guards:
         return True
     blanks = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta") for t in tensors]
-    return mode.shape_env.evaluate_guards_expression(guards, blanks)
+    env: Any = mode.shape_env
+    return env.evaluate_guards_expression(guards, blanks)
 
 
 def allow_in_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,24 +150,26 @@ def allow_in_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.allow_in_graph(fn)
 
 
-def is_traced(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is a fake, or a functional tensor of AOTAutograd over one."""
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return isinstance(tensor, torch._subclasses.FakeTensor | FunctionalTensor)
+_stance_outside: list[Any] = []  # what the stance was before a capture changed it
 
 
 @contextlib.contextmanager
 def dynamo_off() -> Iterator[None]:
-    """Functions under ``torch.compile`` run as they are: a capture traces through them, and waits for no compiler."""
+    """Functions under ``torch.compile`` run as they are: a capture traces through them, and waits for no compiler.
+
+    The stance is one for all threads. Another thread that calls a compiled function meanwhile runs it in eager, and
+    :func:`compiler_forbidden` tells it what the user's stance is.
+    """
     from torch._dynamo import eval_frame
 
     before = eval_frame._stance
+    _stance_outside.append(before)
     eval_frame._stance = eval_frame.DynamoStance("force_eager")
     try:
         yield
     finally:
         eval_frame._stance = before
+        _stance_outside.pop()
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -116,7 +116,8 @@ def broadcast_prefix(prefix: Any, tree: Any, where: str, is_leaf: Callable[[Any]
     Axes are whatever is no list, tuple or dict: ints, None, ``broadcast``. A None in ``prefix`` covers a whole subtree.
     """
     if not isinstance(prefix, (list, tuple, dict)):
-        return [prefix] * len(flatten(tree, is_leaf)[0])
+        # Dynamo cannot flatten a None that is part of what it takes for a constant.
+        return [prefix] if tree is None else [prefix] * len(flatten(tree, is_leaf)[0])
     if isinstance(prefix, dict):
         if not isinstance(tree, dict) or set(prefix) != set(tree):
             raise AxisError(f"{where}: axes {prefix!r} do not fit a value with {_describe(tree)}")

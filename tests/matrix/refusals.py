@@ -65,6 +65,15 @@ REFUSALS = [
         contexts=("func.vmap outside", "func.vmap outside, through apply"),
     ),
     Refusal(
+        RuntimeError,
+        "by a closure or an attribute, which a compiled graph around the loop would not see change",
+        "inside `torch.compile` a loop is one operator, and a tensor that its body closes over is no input of it",
+        "pass the tensor as an argument or make it a parameter or buffer; or compile the loop alone",
+        transforms=("scan (layers)", "scan (time)", "remat_scan", "scan_layers"),
+        modules=("closure",),
+        contexts=("compiled",),
+    ),
+    Refusal(
         PublishError,
         r"torchlift.apply\(module, .*mutable=",
         "under `torch.func.vmap` every row has new state, and a module holds one",

@@ -255,7 +255,8 @@ def stride_order(tensor: torch.Tensor) -> list[int]:
     """The dimensions from the one with the largest stride to the one with the smallest."""
     if tensor.is_contiguous():
         return list(range(tensor.ndim))
-    return sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d) if tensor.size(d) > 1 else 0)
+    sizes, strides = tensor.size(), tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda d: -strides[d] if sizes[d] > 1 else 0)
 
 
 def _require_no_lost_gradient(joint: torch.fx.GraphModule) -> None:

@@ -18,7 +18,7 @@ from torchlift.engine import capture
 from torchlift.engine.capture import CaptureError, Signature, stride_order
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.loop import Body
-from torchlift.engine.node import Program, orders_of
+from torchlift.engine.plan import Program, orders_of
 from torchlift.errors import TorchliftError
 
 log = logging.getLogger(__name__)

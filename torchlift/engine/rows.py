@@ -174,6 +174,8 @@ class _OwnRow(TorchFunctionMode):
         self.levels = {axis.level for axis in rows.axes}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":  # an attribute; what is no tensor is the same for all rows
+            return pytree.tree_map_only(Tensor, self.own, func(*args))
         own_args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs or {}))
         if func is torch.autograd.grad and any(map(operator.is_not, *map(pytree.tree_leaves, (args, own_args)))):
             raise ClosureError(

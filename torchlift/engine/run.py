@@ -18,7 +18,8 @@ from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
-from torchlift.engine.node import Loop, Plan, Program, pieces_of, run_forward
+from torchlift.engine.node import Loop, run_forward
+from torchlift.engine.plan import Plan, Program, pieces_of
 from torchlift.engine.trees import Template, split
 from torchlift.errors import TorchliftCompileWarning
 
@@ -242,6 +243,7 @@ def _plan(
                 job.body, job.consts_template.fill(consts), job.carry_template.fill(carry), slices, len(order),
                 shared_draws=job.options.shared_draws,
             )  # fmt: skip
+            assert isinstance(ys, list)
             outs, flat = split(out)[0], [split(y)[0] for y in ys]
             flat = [y for _, y in sorted(zip(order, flat))]
             return (*outs, *([torch.stack(c) for c in zip(*flat)] if stacked else [t for y in flat for t in y]))

@@ -18,7 +18,7 @@ from torchlift.errors import DifferentiationError, FunctionTargetError, Unsuppor
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import is_module_class
 from torchlift.pack import Meta, Packed, Update
-from torchlift.variables import ATTRIBUTE
+from torchlift.variables import ATTRIBUTE, BATCH_STATS
 
 
 def is_differentiable(x: Any) -> bool:
@@ -200,6 +200,10 @@ class Call:
     def again(self, operands: Sequence[Tensor], some: Sequence[Tensor] = ()) -> Form:
         """As ``run``, drawing what the first run drew, and leaving the generators where they stand."""
         now = _states(operands) if self.states else ()
+        # What a call was made from may come back as the result of an autograd function, which needs a gradient; torch's
+        # norm layers cannot give their statistics one.
+        statistics = {at for at, entry in enumerate(self.packed.entries) if entry.collection == BATCH_STATS}
+        operands = [x.detach() if at in statistics else x for at, x in enumerate(operands)]
         write_states(self.states)
         try:
             with entered(streams=self.streams), _Recomputing():

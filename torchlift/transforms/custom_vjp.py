@@ -370,7 +370,8 @@ def custom_vjp(
     Args:
         fn: a function ``(module, *args)``, or a method.
         forward_fn: called as ``fn`` is; returns ``(out, residuals)``. Residuals are any tree, the function that
-            :func:`vjp` returns included.
+            :func:`vjp` returns included: inside of transforms and for second derivatives that runs again, with the
+            same draws. Under ``torch.compile`` say that it draws nothing: ``vjp(..., rngs=False)``.
         backward_fn: called as ``backward_fn(*nondiff_args, residuals, cotangents)``; returns ``(variable_cotangents,
             *input_cotangents)``: ``{collection: {dotted_name: tensor}}``, zero for what is not there, and for each
             argument that is differentiated a tree like it, or None for zeros.
@@ -385,7 +386,7 @@ def custom_vjp(
         ClosureError: ``forward_fn`` uses a tensor that needs a gradient and is no argument.
         DifferentiationError: ``backward_fn`` returned what does not fit.
         FunctionTargetError: one of the functions is a class or a module.
-        UnsupportedError: it is differentiated in forward mode.
+        UnsupportedError: it is differentiated in forward mode; or ``torch.compile`` cannot express the composition.
 
     Example:
         >>> def backward(vjp_fn, cotangent):

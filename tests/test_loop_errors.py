@@ -1,0 +1,72 @@
+"""What a loop refuses of its options, and of what iterations return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchlift
+from torchlift import IterationError, OptionError
+
+
+def run(body: Any, **options: Any) -> Any:
+    stack = torchlift.stack_modules([nn.Linear(2, 2) for _ in range(3)])
+    return torchlift.scan(body, variable_axes={"params": 0}, **{"compile": False, **options})(stack, torch.ones(2), xs)
+
+
+xs = torch.arange(3.0)
+
+
+def plain(m: nn.Module, carry: Tensor, x: Tensor) -> Any:
+    return m(carry), x
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"unroll": 0}, r"scan\(plain, .*unroll is 0, expected 1 or more"),
+        ({"compile": {"speed": 1}}, r"compile= has \['speed'\], expected backend, mode"),
+    ],
+)
+def test_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        run(plain, **options)
+
+
+def test_lengths_of_layers() -> None:
+    with pytest.raises(OptionError, match=r"product of lengths \(2, 2\) is not the length 3"):
+        torchlift.scan_layers([nn.Linear(2, 2) for _ in range(3)], lengths=(2, 2), compile=False)(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("y", "match"),
+    [
+        (lambda x: x.new_ones(int(x) + 1), r"a y of torch.float32 \[2\], another one of torch.float32 \[1\]"),
+        (lambda x: (x,) * (int(x) + 1), "beside tensors differs|structure"),
+        (lambda x: str(float(x)), "beside tensors differs: '0.0'"),
+    ],
+)
+def test_ys_that_cannot_be_stacked(y: Any, match: str) -> None:
+    with pytest.raises(IterationError, match=match):
+        run(lambda m, carry, x: (m(carry), y(x)))
+
+
+class Sometimes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a", torch.zeros(()))
+        self.register_buffer("b", torch.zeros(()))
+
+    def forward(self, carry: Tensor, x: Tensor) -> Any:
+        (self.a if x > 0 else self.b).add_(1)
+        return carry, None
+
+
+def test_iterations_may_change_different_variables() -> None:
+    stack = torchlift.stack_modules([Sometimes() for _ in range(3)])
+    scan = torchlift.scan(lambda m, c, x: m(c, x), variable_axes={True: 0}, compile=False)
+    scan(stack, torch.ones(2), xs)
+    assert stack.a.tolist() == [0.0, 1.0, 1.0] and stack.b.tolist() == [1.0, 0.0, 0.0]

@@ -1,0 +1,234 @@
+"""Compiled loops that an operator of an outer graph can name.
+
+NOTE [handles]: the operator names its loop by a hash of content, the text of the graphs included, because a compiled
+outer graph may come from a cache that another process wrote. A number would go stale there.
+
+NOTE [own thread]: the first who needs a loop are Dynamo and AOTAutograd, in the midst of tracing. Capturing and
+compiling need a dispatcher without the modes and keys of the tracing around, so they get a thread of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchlift import _compat
+from torchlift.engine import compiled
+from torchlift.engine.capture import CaptureError, Signature, stride_order
+from torchlift.engine.compiled import Request, capture_program, settle
+from torchlift.engine.draws import devices_of, read_states
+from torchlift.engine.graphs import Backend
+from torchlift.engine.loop import Body
+from torchlift.engine.plan import Plan, Program, pieces_of
+from torchlift.engine.trees import Template
+from torchlift.errors import TorchliftError
+
+Options = tuple[tuple[str, Any], ...]
+
+_prepared: dict[Any, Handle | str] = {}  # a string: why there is none
+_handles: dict[str, Handle] = {}  # never dropped: compiled graphs name them
+
+
+class OpaqueError(TorchliftError, RuntimeError):
+    """A loop cannot be part of a compiled graph."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a loop but its tensors."""
+
+    key: str
+    consts: Template
+    carry: Template
+    x: Template
+    length: int
+    stacked: bool
+    options: Options
+    backend: Backend
+    train: bool
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.consts.tensors, self.carry.tensors, self.x.tensors
+
+
+@dataclass
+class Handle:
+    """A compiled loop that an operator can name."""
+
+    name: str
+    spec: Spec
+    program: Program
+    plan: Plan
+    orders: list[list[int]]  # of the dimensions in memory, per tensor
+    state_sizes: list[int]
+    guards: tuple[Any, str | None]
+
+
+def handle_named(name: str) -> Handle:
+    """The loop of that name."""
+    return _handles[name]
+
+
+def prepare(
+    body: Body, key: str, length: int, stacked: bool, options: Options, compile: dict[str, Any],
+    consts: Any, carry: Any, xs: list[Any], tensors: list[torch.Tensor],
+) -> Handle:  # fmt: skip
+    """The handle for a loop on tensors like these; captured and compiled if they are the first of their kind."""
+    if length == 0:
+        raise CaptureError("length 0")
+    if _compat.functorch_active():
+        raise CaptureError("a torch.func transform is around it")
+    templates = {template for _, template in xs}
+    if len(templates) != 1:
+        raise CaptureError("iterations differ in structure")
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    spec = Spec(
+        key, consts[1], carry[1], xs[0][1], length, stacked, options, Backend.of(compile), train
+    )  # fmt: skip
+    metas = tuple(_meta(t, train) for t in tensors)
+    known = (spec, metas, compiled.environment())
+    found = _prepared.get(known)
+    if found is None:
+        found = _prepared[known] = _in_own_thread(lambda: _make(body, spec, metas))
+    if isinstance(found, str):
+        raise CaptureError(found)
+    # In the symbols of the graph around this one.
+    mode, guards = found.guards
+    if not _compat.guards_hold(mode, guards, graph_inputs(found, tensors)):
+        raise CaptureError("sizes do not meet the conditions of the captured graph")
+    return found
+
+
+_Meta = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool, frozenset[int]]
+
+
+def _meta(t: torch.Tensor, train: bool) -> _Meta:
+    """Size, memory order, dtype, device, whether a gradient is wanted, and the symbolic dimensions."""
+    dims = frozenset(d for d in range(t.ndim) if isinstance(t.size(d), torch.SymInt))
+    order = tuple(stride_order(t)) if not dims else tuple(range(t.ndim))
+    return tuple(_compat.size_hint(s) for s in t.size()), order, t.dtype, t.device, train and t.requires_grad, dims
+
+
+def _in_own_thread(make: Callable[[], Any]) -> Any:
+    """``make()`` without the tracing around it, but with its autocast and grad mode."""
+    autocast = [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    ]
+    grad, device = torch.is_grad_enabled(), torch.get_default_device()
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            for name, enabled, dtype in autocast:
+                torch.set_autocast_enabled(name, enabled)
+                torch.set_autocast_dtype(name, dtype)
+            if device.type != "cpu":
+                torch.set_default_device(device)
+            with torch.set_grad_enabled(grad), compiled.locked(), _compat.dynamo_off():
+                result.append(make())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], TorchliftError) or not isinstance(result[0], Exception | BaseException):
+        if isinstance(result[0], TorchliftError):
+            raise result[0]
+        return result[0]
+    if not isinstance(result[0], Exception):
+        raise result[0]
+    return compiled.reason_of(result[0])
+
+
+def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
+    """Captures and compiles one iteration of ``spec`` and names it."""
+    blanks = [_blank(meta) for meta in metas]
+    c, h, _ = spec.counts
+    shift = int(spec.stacked)
+    one = one_iteration(spec, blanks)
+    dims = [meta[5] for meta in metas[: c + h]]
+    dims += [frozenset(d - shift for d in meta[5] if d >= shift) for meta in metas[c + h :]][: spec.x.tensors]
+    flags = [meta[4] for meta in metas]
+    x_flags = flags[c + h :]
+    width = spec.x.tensors
+    x_flags = [any(x_flags[i::width]) for i in range(width)]
+    settings = dict(spec.options)
+    pieces = pieces_of(settings["remat"] is True, settings["lengths"], settings["every"])
+    policy = None if settings["remat"] is True else settings["remat"]
+    request = Request(
+        body,
+        Signature(spec.consts, spec.carry, (spec.x,)),
+        one,
+        tuple(flags[: c + h] + x_flags),
+        spec.train,
+        spec.backend,
+        policy,
+    )
+    request, closures = settle(request)
+    if closures:
+        raise OpaqueError(
+            f"{body.name}: the body reads a tensor of shape {tuple(closures[0].shape)} by a closure or an attribute, "
+            "which a compiled graph around the loop would not see change; pass it as an argument or register a buffer"
+        )
+    unroll = settings["unroll"]
+    if unroll > 1 and not pieces and spec.length % unroll == 0 and not settings["shared_draws"]:
+        several = (spec.x,) * unroll
+        request = Request(
+            body, Signature(spec.consts, spec.carry, several), [*one[: c + h], *one[c + h :] * unroll],
+            request.flags[: c + h] + request.flags[c + h :] * unroll, spec.train, spec.backend, policy,
+        )  # fmt: skip
+        dims = dims[: c + h] + dims[c + h :] * unroll
+    else:
+        unroll = 1
+    variant = capture_program(request, dims, [], shapes=True)
+    program = variant.program
+    order = range(spec.length)[:: -1 if settings["reverse"] else 1]
+    chunks = [(program, range(at, at + unroll)) for at in range(0, spec.length, unroll)]
+    devices = devices_of(blanks)
+    plan = Plan(
+        chunks=chunks, order=order, consts=c, closures=0, carries=h, x_tensors=width, stacked=spec.stacked,
+        shared_draws=settings["shared_draws"], pieces=pieces, devices=devices, plain=_no_double_backward, joined=True,
+    )  # fmt: skip
+    assert program.shapes is not None
+    text = repr((spec, metas, compiled.environment(), torch.__version__, body.key, program.feeds, program.grads))
+    name = hashlib.sha256((text + program.shapes.code).encode()).hexdigest()
+    sizes = [state.numel() for _, state in read_states(devices)] if plan.random and pieces else []
+    handle = Handle(
+        name, spec, program, plan, [list(m[1]) for m in metas], sizes, (variant.mode, variant.guards)
+    )  # fmt: skip
+    return _handles.setdefault(name, handle)
+
+
+def _no_double_backward(*tensors: torch.Tensor) -> Any:
+    raise RuntimeError("a compiled graph is differentiated once")
+
+
+def _blank(meta: _Meta) -> torch.Tensor:
+    size, order, dtype, device, _, _ = meta
+    return torch.empty([size[d] for d in order], dtype=dtype, device=device).permute(inverse(order))
+
+
+def one_iteration(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Consts, carry and the x of one iteration."""
+    c, h, width = spec.counts
+    xs = tensors[c + h : c + h + width]
+    return [*tensors[: c + h], *(t.detach()[0] if spec.stacked else t for t in xs)]
+
+
+def graph_inputs(handle: Handle, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors like those that a call of the graph is given."""
+    one = one_iteration(handle.spec, tensors)
+    start = len(one) - handle.spec.x.tensors
+    return one[:start] + one[start:] * handle.program.steps
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes ``order``."""
+    return sorted(range(len(order)), key=order.__getitem__)

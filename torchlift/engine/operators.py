@@ -1,0 +1,210 @@
+"""The operators that run a loop inside an outer graph, their fakes, and the autograd function around them.
+
+NOTE [few outputs]: Inductor takes time in the square of the number of tensors that one operator returns. So values of
+all iterations come back as stacks, gradients of a thousand parameters included, and the graph cuts them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchlift.engine.capture import like_strided
+from torchlift.engine.handles import Handle, graph_inputs, handle_named, inverse
+from torchlift.engine.node import Residuals, run_backward, run_forward
+from torchlift.engine.plan import Program
+
+
+class OpaqueLoop(torch.autograd.Function):
+    """A loop as one node of an outer graph."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Handle, site: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = torch.ops.torchlift.loop_forward(list(tensors), handle.name, site)
+        program = handle.program
+        count = program.carries + program.ys[0].tensors
+        outs = found[:count]
+        ctx.handle, ctx.site, ctx.count = handle, site, len(tensors)
+        ctx.save_for_backward(*tensors, *found[count:])
+        flags = program.requires_grad[:count]
+        ctx.mark_non_differentiable(*(out for out, flag in zip(outs, flags) if not flag))
+        ctx.flags = flags
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, kept = list(saved[: ctx.count]), list(saved[ctx.count :])
+        given = [g for g, flag in zip(grads, ctx.flags) if flag]
+        found = iter(torch.ops.torchlift.loop_backward(tensors, kept, given, ctx.handle.name, ctx.site))
+        c, h, width = ctx.handle.spec.counts
+        parts = [next(found) if has else None for has in _has_grad(ctx.handle)]
+        if ctx.handle.spec.stacked:
+            return None, None, *parts
+        length = ctx.handle.spec.length
+        columns = [[None] * length if stack is None else stack.unbind(0) for stack in parts[c + h :]]
+        return None, None, *parts[: c + h], *(column[i] for i in range(length) for column in columns)
+
+
+def _has_grad(handle: Handle) -> list[bool]:
+    """Whether backward gives a gradient: per const, per carry, and per leaf of xs."""
+    return handle.program.grads[: sum(handle.spec.counts)]
+
+
+def laid_out(handle: Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Inputs as the graphs expect them, whatever layout the surrounding graph gave them."""
+    fitted = []
+    for t, order in zip(tensors, handle.orders):
+        if not t.permute(order).is_contiguous():
+            t = t.permute(order).contiguous().permute(inverse(order))
+        fitted.append(t)
+    return fitted
+
+
+def _forward(tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
+    handle = handle_named(name)
+    outs, kept, _ = run_forward(handle.plan, laid_out(handle, tensors))
+    return outs + _stacked_residuals(handle.program, kept) if handle.spec.train else outs
+
+
+def _stacked_residuals(program: Program, kept: Residuals) -> list[torch.Tensor]:
+    """Residuals as few tensors: carries of all pieces but the first, saved values, ints, states of generators."""
+    pieces = [piece for piece in kept.pieces if piece is not None]
+    columns: list[torch.Tensor] = []
+    rows = [carry for carry, _, _ in pieces[1:]]
+    columns += [torch.stack(column) for column in zip(*rows)]
+    width = len(pieces[0][1])
+    for i in range(width):
+        if isinstance(pieces[0][1][i], torch.Tensor):
+            order = program.saved_orders[i]
+            columns.append(torch.stack([saved[i].permute(order) for _, saved, _ in pieces]))
+            for _, saved, _ in pieces:
+                saved[i] = None
+        else:
+            columns.append(torch.tensor([int(saved[i]) for _, saved, _ in pieces]))
+    for i in range(len(pieces[0][2] or ())):
+        columns.append(torch.stack([states[i][1] for _, _, states in pieces if states is not None]))
+    return columns
+
+
+def _unstacked_residuals(handle: Handle, columns: list[torch.Tensor]) -> Residuals:
+    plan, program = handle.plan, handle.program
+    size = plan.pieces[0] if plan.pieces else 1
+    count = -(-len(plan.chunks) // size)
+    carries = plan.carries if plan.pieces else len(program.kept_carries)
+    at = carries if count > 1 else 0
+    rows = list(zip(*(column.unbind(0) for column in columns[:at]))) if at else [()] * (count - 1)
+    end = len(columns) - len(handle.state_sizes)
+    ints = {i for i, flag in enumerate(_int_flags(program)) if flag}
+    saved = [
+        c.tolist() if i in ints else [t.permute(inverse(program.saved_orders[i])) for t in c.unbind(0)]
+        for i, c in enumerate(columns[at:end])
+    ]
+    states = [column.unbind(0) for column in columns[end:]]
+    kept = Residuals(honour_hooks=False)
+    for i in range(count):
+        state = tuple((d, s[i].clone()) for d, s in zip(plan.devices, states)) if states else None
+        kept.push(list(rows[i - 1]) if i else [], [column[i] for column in saved], state)
+    return kept
+
+
+def _saved_nodes(program: Program) -> list[torch.fx.Node]:
+    assert program.shapes is not None
+    return list(next(iter(reversed(program.shapes.graph.nodes))).args[0])[program.outputs :]
+
+
+def _int_flags(program: Program) -> list[bool]:
+    return [not isinstance(node.meta["val"], torch.Tensor) for node in _saved_nodes(program)]
+
+
+def _backward(
+    tensors: list[torch.Tensor], kept: list[torch.Tensor], grads: list[torch.Tensor], name: str, site: int
+) -> list[torch.Tensor]:
+    handle = handle_named(name)
+    plan, program = handle.plan, handle.program
+    flags = program.requires_grad[: program.carries + program.ys[0].tensors]
+    parts = iter(grads)
+    given = [next(parts) if flag else None for flag in flags]
+    found = run_backward(
+        plan, laid_out(handle, tensors), _unstacked_residuals(handle, kept), [], given, keep=False
+    )  # fmt: skip
+    used = {t.untyped_storage().data_ptr() for t in (*tensors, *kept, *grads)}
+    outs = []
+    for t, grad, has in zip(tensors, found, _has_grad(handle)):
+        if not has:
+            continue
+        if grad is None:
+            grad = torch.zeros_like(t)
+        elif grad.shape == t.shape:
+            grad = like_strided(grad, t)
+        outs.append(grad.clone() if grad.untyped_storage().data_ptr() in used else grad)
+        used.add(outs[-1].untyped_storage().data_ptr())
+    return outs
+
+
+class _Shapes(torch.fx.Interpreter):
+    """Runs a graph on the fakes of another tracing; its constants become fakes too."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return torch.empty_like(value, device=value.device) if isinstance(value, torch.Tensor) else value
+
+
+def _fake_forward(tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
+    handle = handle_named(name)
+    plan, program, spec = handle.plan, handle.program, handle.spec
+    assert program.shapes is not None
+    h = plan.carries
+    outs = _Shapes(program.shapes).run(*graph_inputs(handle, tensors))
+    carry, y = outs[:h], outs[h : h + program.ys[0].tensors]
+
+    def many(n: int, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty((n, *like.shape))
+
+    found = [torch.empty_like(t) for t in carry]
+    found += [many(spec.length, t) for t in y]
+    if not spec.train:
+        return found
+    size = plan.pieces[0] if plan.pieces else 1
+    count = -(-len(plan.chunks) // size)
+    if count > 1:
+        kept = range(h) if plan.pieces else program.kept_carries
+        found += [many(count - 1, carry[i]) for i in kept]
+    if not plan.pieces:
+        for i, value in enumerate(outs[program.outputs :]):
+            if isinstance(value, torch.Tensor):
+                found.append(many(count, value.permute(program.saved_orders[i])))
+            else:
+                found.append(torch.empty(count, dtype=torch.int64))
+    found += [torch.empty((count, n), dtype=torch.uint8) for n in handle.state_sizes]
+    return found
+
+
+def _fake_backward(
+    tensors: list[torch.Tensor], kept: list[torch.Tensor], grads: list[torch.Tensor], name: str, site: int
+) -> list[torch.Tensor]:
+    handle = handle_named(name)
+    c, h, _ = handle.spec.counts
+    outs = []
+    for i, (t, has) in enumerate(zip(tensors, _has_grad(handle))):
+        if has:
+            one = i < c + h or handle.spec.stacked
+            outs.append(torch.empty_like(t) if one else t.new_empty((handle.spec.length, *t.shape)))
+    return outs
+
+
+_library = torch.library.Library("torchlift", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+# It may draw, and who recomputes it must know.
+_library.define(
+    "loop_forward(Tensor[] tensors, str handle, int site) -> Tensor[]",
+    tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
+)
+_library.define(
+    "loop_backward(Tensor[] tensors, Tensor[] kept, Tensor[] grads, str handle, int site) -> Tensor[]", tags=_TAGS
+)
+_library.impl("loop_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("loop_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("torchlift::loop_forward", _fake_forward, lib=_library)
+torch.library.register_fake("torchlift::loop_backward", _fake_backward, lib=_library)

@@ -1,0 +1,86 @@
+"""What a compiled loop consists of: programs, and the plan of one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchlift.engine.capture import stride_order
+from torchlift.engine.graphs import Boxed
+from torchlift.engine.trees import Template
+
+
+@dataclass
+class Program:
+    """Compiled graphs of ``steps`` iterations. Inputs: consts, carry, the x of each step, closures; see ``Graphs``."""
+
+    fw: Boxed
+    bw: Boxed | None
+    feeds: list[tuple[str, int]]
+    tangent_orders: dict[int, list[int]]  # per differentiable output: how its gradient is to lie in memory
+    shared_grads: list[bool]
+    steps: int
+    consts: int
+    carries: int
+    ys: tuple[Template, ...]
+    requires_grad: list[bool]  # per output
+    random: bool
+    saved_bytes: int
+    recomputed: int
+    closures: int = 0
+    shapes: torch.fx.GraphModule | None = None  # the forward, to infer shapes with
+    grads: list[bool] = field(default_factory=list)  # per input: whether backward gives it a gradient
+    saved_orders: dict[int, list[int]] = field(default_factory=dict)  # per saved tensor: its dimensions in memory
+
+    def __post_init__(self) -> None:
+        self.outputs = self.carries + sum(y.tensors for y in self.ys)
+        inside = range(self.consts, self.consts + self.carries)
+        # Carries are the inputs that differ from call to call and that nobody else holds.
+        self.kept_carries = [i - self.consts for kind, i in self.feeds if kind == "input" and i in inside]
+
+
+@dataclass
+class Plan:
+    """One run of a loop. Position counts iterations in the order they run; ``order`` gives their index.
+
+    ``pieces`` are the sizes, in chunks, of the pieces recomputed in backward, outermost first; empty: nothing is.
+    """
+
+    chunks: list[tuple[Program, range]]  # a program and the positions it runs
+    order: Sequence[int]
+    consts: int
+    closures: int
+    carries: int
+    x_tensors: int
+    stacked: bool
+    shared_draws: bool
+    pieces: tuple[int, ...]
+    devices: tuple[torch.device, ...]
+    plain: Callable[..., tuple[Any, ...]]  # the plain loop over the same tensors, for double backward
+    joined: bool = False  # ys, and gradients of xs, come as stacks; always so if xs does
+    random: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = any(program.random for program, _ in self.chunks)
+        self.joined = self.joined or self.stacked
+
+    @property
+    def length(self) -> int:
+        return len(self.order)
+
+
+def pieces_of(remat: bool, lengths: Sequence[int] | None, every: int) -> tuple[int, ...]:
+    """Sizes of the pieces that backward recomputes, outermost first."""
+    if lengths is not None:
+        return tuple(math.prod(lengths[i + 1 :]) for i in range(len(lengths)))
+    return (every,) if remat else ()
+
+
+def orders_of(bw_inputs: list[Any], feeds: list[tuple[str, int]], wanted: str) -> dict[int, list[int]]:
+    """Per saved value, or per output that gets a gradient: the order of its dimensions in memory."""
+    pairs = [(value, i) for value, (kind, i) in zip(bw_inputs, feeds) if kind == wanted]
+    return {i: stride_order(value) for value, i in pairs if isinstance(value, torch.Tensor)}
