@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import operator
 import os
 import statistics
@@ -95,8 +96,8 @@ def _inside(blocks: list[nn.Module]) -> Model:
 
 
 def _nested(blocks: list[nn.Module]) -> Model:
-    root = int(len(blocks) ** 0.5)
-    return torchlift.scan_layers(blocks, lengths=(root, len(blocks) // root))
+    inner = next(n for n in range(math.isqrt(len(blocks)), 0, -1) if len(blocks) % n == 0)
+    return torchlift.scan_layers(blocks, lengths=(len(blocks) // inner, inner))
 
 
 STACKS: dict[str, Callable[[list[nn.Module]], Model]] = {
@@ -212,7 +213,8 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float, cuda: bo
 
             def repeated(call: Callable[[], Any] = call, loop: int = loops[name]) -> None:
                 for _ in range(loop):
-                    _clean(call) if loop > 1 else None
+                    if loop > 1:
+                        _clean(call)
                     call()
 
             _clean(call)

@@ -1,4 +1,4 @@
-"""The same models in Flax, in an environment of its own: ``python flax_peer.py WHAT '{"argument": ...}'`` prints JSON."""
+"""The same models in Flax, in an environment of its own: ``flax_peer.py WHAT '{"argument": ...}'`` prints JSON."""
 
 from __future__ import annotations
 

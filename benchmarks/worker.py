@@ -30,7 +30,8 @@ def measure(
             calls[way] = call
         except Exception as error:  # whatever a compiler raises is the figure of this way
             found[way] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
-        torch.cuda.empty_cache() if like.is_cuda else None
+        if like.is_cuda:
+            torch.cuda.empty_cache()
     if seconds:
         for way, best in interleaved(calls, seconds * len(calls), like.is_cuda).items():
             found[way]["step"] = best

@@ -37,7 +37,7 @@ def work(rank: int, port: int) -> None:
         ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4)
         events: list[str] = []
         for i, layer in enumerate(model.layers):
-            layer.weight.register_post_accumulate_grad_hook(lambda p, i=i: events.append(f"layer {i}"))
+            layer.weight.register_post_accumulate_grad_hook(lambda p, i=i, events=events: events.append(f"layer {i}"))
 
         def reduce(state, bucket, events=events):
             events.append("reduce")

@@ -268,6 +268,7 @@ def _boxed(compiled: Any) -> Callable[[list[Any]], Any]:
         return compiled
     return lambda inputs: compiled(*inputs)
 
+
 UninitializedTensor = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
 
 
@@ -281,7 +282,6 @@ def is_tracing() -> bool:
     if is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
         return True
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-
 
 
 def is_recording() -> bool:
@@ -370,7 +370,7 @@ def batched_marker() -> torch.Tensor | None:
     if not maps:
         return None
     with pyfunctorch.temporarily_clear_interpreter_stack():
-        marker = torch.zeros([i.batch_size() for i in maps], dtype=torch.uint8)
+        marker = torch.zeros([i.batch_size() for i in maps], dtype=torch.uint8)  # type: ignore[attr-defined]
     for interpreter in maps:  # outermost first, as wrappers nest
         marker = _add_batch_dim(marker, 0, interpreter.level())
     return marker
@@ -498,7 +498,6 @@ def mapped_axes(tensor: torch.Tensor) -> list[MappedAxis]:
     return found
 
 
-
 # --- jit ----------------------------------------------------------------------------------------------------------
 
 
@@ -583,3 +582,7 @@ def inside_checkpoint() -> bool:
 
 
 inside_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+OpOverload = torch._ops.OpOverload
+foreach_add_ = torch._foreach_add_  # private by name, and what every optimizer of torch is built on
+foreach_copy_ = torch._foreach_copy_

@@ -26,7 +26,7 @@ class Slot(NamedTuple):
     """Stands in an argument or attribute for a tensor, a module or a Variable: what goes there differs by run."""
 
     kind: str
-    index: int  # of the entry or the node
+    index: int  # type: ignore[assignment]  # of the entry or the node; nobody calls tuple.index
     collection: str = ""
     name: str = ""
 
@@ -287,7 +287,7 @@ class Collected:
         """The ``(args, kwargs)`` of the call with these leaves."""
         if self._slots is not None:
             leaves = [self.fill(slot, shadows, bound, leaves) for slot in self._slots]
-        return _tree.unflatten(leaves, self._spec)
+        return _tree.unflatten(list(leaves), self._spec)
 
 
 def _itself(tensor: Tensor) -> Tensor:

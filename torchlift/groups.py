@@ -113,5 +113,8 @@ class Groups:
     @property
     def has_axis(self) -> bool:
         """Whether any collection may have an axis."""
-        return any((a.axis if isinstance(a, In) else a) is not None for a in self.variable_axes.values()
-                   if not isinstance(a, Out))
+        return any(
+            (a.axis if isinstance(a, In) else a) is not None
+            for a in self.variable_axes.values()
+            if not isinstance(a, Out)
+        )

@@ -50,17 +50,13 @@ class Transform:
         if _compat.is_compiling():  # lifted in code that Dynamo traces, which knows neither names nor reprs
             return self.name
         given = [
-            f"{f.name}={value!r}"
-            for f in fields(self)
-            if f.repr and (value := getattr(self, f.name)) != f.default
+            f"{f.name}={value!r}" for f in fields(self) if f.repr and (value := getattr(self, f.name)) != f.default
         ]
         given = [text for text in given if not text.endswith("={}")]
         return f"{self.name}({', '.join([_name_of(target), *given])})"
 
 
-def lift(
-    make: Callable[..., Transform], target: Target, arguments: dict[str, Any], methods: Any = None
-) -> Any:
+def lift(make: Callable[..., Transform], target: Target, arguments: dict[str, Any], methods: Any = None) -> Any:
     """Applies the transform that ``make(**arguments)`` builds to any target."""
     name = make.__name__.lower().strip("_")
     if target is None:
@@ -137,9 +133,7 @@ def lift_class(
 def _new_class(
     make: Callable[..., Transform], base: type[nn.Module], arguments: dict[str, Any], methods: Any
 ) -> type[nn.Module]:
-    per_method = {
-        method: make(**{**arguments, **own}) for method, own in _normalise(make, base, methods).items()
-    }
+    per_method = {method: make(**{**arguments, **own}) for method, own in _normalise(make, base, methods).items()}
     transforms = list(per_method.values())
     namespace: dict[str, Any] = {
         "__doc__": base.__doc__,

@@ -239,9 +239,10 @@ class Packed(Collected):
         if _compat.is_compiling():  # a version is not known while Dynamo traces: what may be written is taken to be
             return self.writable[index]
         now, owner = bound[index], node.module
+        cls: Any = type(owner)
         if _compat.version(now) != versions[index]:
             return True
-        if not (owner.training and now.is_floating_point() and _calls_batch_norm(type(owner))):
+        if not (owner.training and now.is_floating_point() and _calls_batch_norm(cls)):
             return False
         # NOTE [Batch norm]. torch's batch_norm writes the running statistics without counting it in their version. The
         # counter beside them tells, in torch's own layers; elsewhere the values do, or in a transform are taken to.

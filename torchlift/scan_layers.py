@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,14 @@ from torchlift import _compat, _tree, fingerprint
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import Report, record, run
-from torchlift.errors import CarryError, LayerMismatchError, TorchliftCompileWarning, TransformTargetError, warn
+from torchlift.errors import (
+    CarryError,
+    LayerMismatchError,
+    TorchliftCompileWarning,
+    TransformTargetError,
+    UnsupportedError,
+    warn,
+)
 from torchlift.pack import Meta, Packed, Update
 from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
 from torchlift.variables import class_of, own_tensors
@@ -119,22 +126,33 @@ class _Call:
         consts = [constant(leaf) for leaf in first.leaves[len(self.carry) :]]
         try:
             if _compat.is_compiling():
-                key = _register(layers, skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
-                carry, ys = opaque_run(key, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options)
+                trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
+                key = _register(layers, *trees)
+                carry, found = opaque_run(
+                    key, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options
+                )
             else:
-                body = Body(self.body, self.key(), layers.label)
-                carry, ys = run(body, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options)
+                compile, key = layers.compile_options, layers.label
+                try:
+                    key = key if compile is False else self.key()
+                except UnsupportedError as error:  # what the body depends on cannot be told
+                    compile = False
+                    warn(f"{layers.label} runs as a plain Python loop: {error}", TorchliftCompileWarning)
+                carry, found = run(
+                    Body(self.body, key, layers.label), consts, self.carry, xs, len(xs), compile=compile, **options
+                )
         except CarryError as error:
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             return self.plain()
-        ys = [(*y[:3], results[y[3]] if isinstance(y[3], str) else y[3]) for y in ys]
+        assert isinstance(found, list)
+        ys = [(*y[:3], results[y[3]] if isinstance(y[3], str) else y[3]) for y in found]
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
         x = _tree.unflatten(carry, self.carry_spec)
         return x if static.extras is None else (x, *_tree.unflatten(extras, static.extras))
 
-    def key(self) -> Hashable:
+    def key(self) -> Any:
         """What the compiled body depends on; all layers agree in it, or are refused."""
         keys = [fingerprint.of_packed(packed, self.layers.scanned_attributes) for packed in self.packed]
         if any(key != keys[0] for key in keys):

@@ -148,8 +148,11 @@ def _copy_in(slots: Sequence[Any], module: nn.Module, index: int, sizes: tuple[i
                 raise AxisError(
                     f"{where} differs from that of module 0, expected equal values: {collection!r} is shared there; "
                     f"give it an axis: variable_axes={{{collection!r}: 0}}"
-                    + (" and split_rngs={'params': True}, or share the draws: split_rngs={'params': False}"
-                       if collection == "params" else "")
+                    + (
+                        " and split_rngs={'params': True}, or share the draws: split_rngs={'params': False}"
+                        if collection == "params"
+                        else ""
+                    )
                 )
             continue
         at = axis % (other.ndim + 1)
@@ -234,8 +237,10 @@ def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Cal
                 owner, store, key = places[name]
                 whole = owner.__dict__[store][key]
                 axis = how.axis(owner, store, key)
-                place = whole.detach() if axis is None else _select(
-                    whole, axis % (whole.ndim - len(sizes) + 1), index, sizes
+                place = (
+                    whole.detach()
+                    if axis is None
+                    else _select(whole, axis % (whole.ndim - len(sizes) + 1), index, sizes)
                 )
                 place.copy_(tensor.detach())
 
@@ -440,7 +445,6 @@ def unstack_modules(stack: nn.Module) -> list[nn.Module]:
         module = module_at(stack, type(stack), index, how, share=False)
         del module.__dict__["_torchlift_stack"]
         hooks = module.__dict__["_forward_pre_hooks"]
-        for key in [key for key, hook in hooks.items() if hook is _refuse_call]:
-            del hooks[key]
+        module.__dict__["_forward_pre_hooks"] = type(hooks)((k, h) for k, h in hooks.items() if h is not _refuse_call)
         modules.append(module)
     return modules

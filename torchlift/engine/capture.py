@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
+from torchlift._compat import pytree
 from torchlift.engine.loop import Body, check_carry
 from torchlift.engine.trees import Template, Tree, split
 
@@ -273,7 +273,7 @@ def _is_forward(node: torch.fx.Node) -> bool:
 
 def draws(node: torch.fx.Node) -> bool:
     """Whether an operator of a graph draws from a generator."""
-    return isinstance(node.target, torch._ops.OpOverload) and _draws(node.target, node.args, node.kwargs)
+    return isinstance(node.target, _compat.OpOverload) and _draws(node.target, node.args, node.kwargs)
 
 
 def _draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -290,7 +290,7 @@ def _draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 def _tag(joint: torch.fx.GraphModule, policy: Callable[..., Any] | None) -> None:
     """Tells the partitioner what to save. NOTE [random operators]: always saved, a second draw would differ."""
     for node in joint.graph.nodes:
-        if not _is_forward(node) or not isinstance(node.target, torch._ops.OpOverload):
+        if not _is_forward(node) or not isinstance(node.target, _compat.OpOverload):
             continue
         if draws(node):
             node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, 0

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch.utils import _pytree as pytree
 
 from torchlift import _compat
+from torchlift._compat import pytree
 from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.errors import CarryError, IterationError, OptionError
 

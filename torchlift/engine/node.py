@@ -195,7 +195,7 @@ class _Gradients:
                 sums.append(old)
                 new.append(grad)
         if sums:
-            torch._foreach_add_(sums, new)
+            _compat.foreach_add_(sums, new)
 
     def _put(self, index: int, grads: list[torch.Tensor | None]) -> None:
         if not self.run.plan.joined:
@@ -214,7 +214,7 @@ class _Gradients:
             places.append(self.xs[i][index])
             values.append(grad)
         if places:
-            torch._foreach_copy_(places, values)
+            _compat.foreach_copy_(places, values)
 
     def flat(self) -> list[torch.Tensor | None]:
         length = self.run.plan.length

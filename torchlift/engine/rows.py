@@ -179,8 +179,8 @@ class _OwnRow(TorchFunctionMode):
         own_args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs or {}))
         if func is torch.autograd.grad and any(map(operator.is_not, *map(pytree.tree_leaves, (args, own_args)))):
             raise ClosureError(
-                "a graph that was made outside is differentiated in code that runs on some rows of a vmap only, such as "
-                "the pull-back of a vjp that reaches a branch by a closure; pass the pull-back as an operand"
+                "a graph that was made outside is differentiated in code that runs on some rows of a vmap only, such "
+                "as the pull-back of a vjp that reaches a branch by a closure; pass the pull-back as an operand"
             )
         return pytree.tree_map_only(Tensor, self.own, func(*own_args, **kwargs))
 

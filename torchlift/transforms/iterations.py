@@ -242,6 +242,7 @@ class Iterations:
             if drawn is not None and not _compat.is_tracing() and rng.drew(drawn):
                 rng.restore_defaults(drawn)
                 raise RandomnessError(dict(packed.refused)[rng.DROPOUT])
+        assert isinstance(ys, loop.Stacked)
         y_leaves, changed, sown, static = ys.tree
         static = results[static] if isinstance(static, str) else static
         self._publish(state, changed, sown, static)

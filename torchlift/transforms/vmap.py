@@ -113,8 +113,11 @@ class _Vmap(Transform):
 
 
 def _shared_write(packed: Packed, groups: Groups) -> str:
-    shared = [entry.name for entry in packed.entries if entry.store == "_buffers"
-              and groups.role(entry.collection).axis is None]
+    shared = [
+        entry.name
+        for entry in packed.entries
+        if entry.store == "_buffers" and groups.role(entry.collection).axis is None
+    ]
     collections = sorted({entry.collection for entry in packed.entries if entry.name in shared})
     return (
         f"{packed.label}: a body wrote what differs from index to index into a variable that all indices share, one of "
@@ -122,8 +125,13 @@ def _shared_write(packed: Packed, groups: Groups) -> str:
     )
 
 
-_NO_BATCHING_RULE = ("Batching rule not implemented", "batching rule", "we could not generate a fallback",
-                     "does not have a batching rule", "vmap: It looks like you're")
+_NO_BATCHING_RULE = (
+    "Batching rule not implemented",
+    "batching rule",
+    "we could not generate a fallback",
+    "does not have a batching rule",
+    "vmap: It looks like you're",
+)
 _warned: set[Any] = set()
 
 
@@ -237,15 +245,19 @@ _NUMBERS = (bool, int, float, complex)
 def _slices(in_dims: Any, inputs: Any, at: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Index ``at`` of ``(index, tensors, leaves)``."""
     (_, dims, leaf_dims), (index, tensors, leaves) = in_dims, inputs
-    pick = [[x if d is None else x.select(d, at) for x, d in zip(xs, ds, strict=True)]
-            for xs, ds in ((tensors, dims), (leaves, leaf_dims))]
+    pick = [
+        [x if d is None else x.select(d, at) for x, d in zip(xs, ds, strict=True)]
+        for xs, ds in ((tensors, dims), (leaves, leaf_dims))
+    ]
     return index[at], pick[0], pick[1]
 
 
 def _empty_slices(in_dims: Any, inputs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     (_, dims, leaf_dims), (index, tensors, leaves) = in_dims, inputs
-    pick = [[x if d is None else x.new_empty(x.movedim(d, 0).shape[1:]) for x, d in zip(xs, ds, strict=True)]
-            for xs, ds in ((tensors, dims), (leaves, leaf_dims))]
+    pick = [
+        [x if d is None else x.new_empty(x.movedim(d, 0).shape[1:]) for x, d in zip(xs, ds, strict=True)]
+        for xs, ds in ((tensors, dims), (leaves, leaf_dims))
+    ]
     return index.new_empty(()), pick[0], pick[1]
 
 
@@ -304,8 +316,14 @@ def vmap(
         (torch.Size([4, 2, 8]), torch.Size([4, 5, 2]))
     """
     arguments = {
-        "variable_axes": variable_axes, "split_rngs": split_rngs, "in_axes": in_axes, "out_axes": out_axes,
-        "axis_size": axis_size, "axis_name": axis_name, "spmd_axis_name": spmd_axis_name,
-        "metadata_params": metadata_params, "chunk_size": chunk_size,
+        "variable_axes": variable_axes,
+        "split_rngs": split_rngs,
+        "in_axes": in_axes,
+        "out_axes": out_axes,
+        "axis_size": axis_size,
+        "axis_name": axis_name,
+        "spmd_axis_name": spmd_axis_name,
+        "metadata_params": metadata_params,
+        "chunk_size": chunk_size,
     }
     return lift(_Vmap, target, arguments, methods)

@@ -1,0 +1,188 @@
+"""The engine at its edges: closures, what cannot be captured, errors, threads, reports."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from engine_zoo import (  # noqa: I001
+    EAGER_GRAPHS,
+    assert_equal,
+    identity,
+    loop,
+    rand,
+    tanh_linear,
+)
+
+import torchlift
+from torchlift.engine import compiled
+from torchlift.engine.run import Body, Stacked, explain_run, last_report, run
+
+
+def test_a_closure_is_looked_up_at_every_call():
+    def make(scale):
+        return Body(lambda c, h, x: (h * scale, None), "same key", "scan")
+
+    for value in (2.0, 3.0):
+        scale = torch.tensor(value, requires_grad=True)
+        out, _ = run(make(scale), None, torch.ones(2), Stacked({}), 3, compile=EAGER_GRAPHS)
+        (grad,) = torch.autograd.grad(out.sum(), scale)
+        torch.testing.assert_close(grad, torch.tensor(6 * value**2))
+    assert compiled.compilations["same key"] == 1
+
+
+def test_what_cannot_be_captured_runs_plain_and_warns_once():
+    def fn(c, h, x):
+        return (h + x if h.sum() > 0 else h - x), None
+
+    body = Body(fn, "branches", "scan(branches)")
+    xs = rand(3, 2)
+    with pytest.warns(torchlift.errors.TorchliftCompileWarning, match=r"scan\(branches\) runs as a plain Python loop"):
+        out, _ = run(body, None, torch.ones(2), Stacked(xs), 3, compile=EAGER_GRAPHS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, _ = run(body, None, torch.ones(2), Stacked(xs), 3, compile=EAGER_GRAPHS)
+    assert torch.equal(out, again) and out.requires_grad and last_report().reason
+
+
+def test_functorch_and_modes_run_plain():
+    body = Body(lambda c, h, x: (torch.sin(h * x), None), "around", "scan")
+
+    def fn(h):
+        return run(body, None, h, Stacked(torch.ones(3, 2)), 3, compile=EAGER_GRAPHS)[0].sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        h = torch.rand(2)
+        expected = torch.autograd.functional.jacobian(fn, h)
+        torch.testing.assert_close(torch.func.grad(fn)(h), expected)
+        assert "torch.func" in last_report().reason
+        primal, tangent = torch.func.jvp(fn, (h,), (torch.ones(2),))
+        torch.testing.assert_close(tangent, expected.sum())
+        with torch.compiler.set_stance("force_eager"):
+            fn(h)
+        assert "set_stance" in last_report().reason
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False):
+            fn(h)
+        assert last_report().path == "plain"
+
+
+def test_errors_of_the_body_are_its_own():
+    body = Body(lambda c, h, x: (h @ x, None), "fails", "scan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="shape|size"):
+            run(body, None, torch.ones(2, 3), Stacked(torch.ones(2, 5, 5)), 2, compile=EAGER_GRAPHS)
+
+
+@pytest.mark.parametrize("compile", [False, EAGER_GRAPHS])
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda c, h, x: ({"a": h["a"][:1]}, None), r"carry\['a'\].*shape \(1, 3\).*\(2, 3\)"),
+        (lambda c, h, x: ({"a": h["a"].int()}, None), r"carry\['a'\].*int32.*float64"),
+        (lambda c, h, x: ({"b": h["a"]}, None), "structure"),
+        (lambda c, h, x: ({"a": 3}, None), r"carry\['a'\].*3"),
+    ],
+)
+def test_carry_must_come_out_as_it_went_in(compile, fn, message):
+    body = Body(fn, ("carry", message), "scan(f)")
+    with pytest.raises(torchlift.errors.CarryError, match=message):
+        run(body, None, {"a": torch.ones(2, 3)}, Stacked({}), 2, compile=compile)
+
+
+@pytest.mark.parametrize(
+    ("kw", "message"),
+    [
+        ({"length": 3}, r"xs\['x'\] has 4 on axis 0, expected 3"),
+        ({"unroll": 0}, "unroll is 0"),
+        ({"lengths": (2, 3)}, r"the product of lengths \(2, 3\)"),
+        ({"compile": {"speed": 1}}, "compile= has"),
+    ],
+)
+def test_bad_arguments(kw, message):
+    with pytest.raises(ValueError, match=message):
+        run(Body(identity, "bad", "scan"), None, torch.ones(2), Stacked({"x": torch.ones(4)}), **{"length": 4, **kw})
+
+
+def test_bad_lists():
+    with pytest.raises(ValueError, match="xs has 2 entries, expected 3"):
+        run(Body(identity, "bad", "scan"), None, torch.ones(2), [None, None], 3)
+
+
+def test_two_threads():
+    results: dict[int, Any] = {}
+    torch.manual_seed(0)
+    w, xs = rand(4, 4), rand(6, 2, 4)
+    body = Body(lambda c, h, x: (torch.tanh(h @ c + x), h), "threads", "scan")
+
+    def work(i):
+        results[i] = []
+        for _ in range(10):
+            out, _ = run(body, w, torch.full((2 + i, 4), float(i))[:2], Stacked(xs), 6, compile=EAGER_GRAPHS)
+            results[i].append(torch.autograd.grad(out.sum(), (w, xs)))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i in range(2):
+        out, _ = run(body, w, torch.full((2, 4), float(i)), Stacked(xs), 6, compile=False)
+        expected = list(torch.autograd.grad(out.sum(), (w, xs)))
+        for got in results[i]:
+            assert_equal(list(got), expected, exact=False)
+
+
+@pytest.mark.parametrize("way", [{}, {"remat": True}, {"unroll": 2}])
+@pytest.mark.parametrize("as_a_list", [False, True])
+def test_many_calls_leave_nothing_behind(as_a_list, way):
+    body = Body(lambda c, h, x: (torch.tanh(h @ c + x), h), ("leaves nothing", as_a_list), "scan")
+    w = rand(4, 4)
+    xs = [rand(2, 4) for _ in range(4)] if as_a_list else Stacked(rand(4, 2, 4))
+
+    def call(backward):
+        out, ys = run(body, w, torch.zeros(2, 4), xs, 4, compile=EAGER_GRAPHS, **way)
+        if backward:
+            out.sum().backward()
+
+    def alive():
+        return sum(type(o) is torch.Tensor for o in gc.get_objects())
+
+    call(True)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for i in range(200):
+            call(i % 2 == 0)
+        assert alive() - before <= 2
+    finally:
+        gc.enable()
+
+
+def test_explain_run():
+    report = explain_run(
+        Body(tanh_linear, "explained", "scan(f)"), {"w": rand(4, 4), "b": rand(4)}, torch.zeros(2, 4),
+        Stacked(rand(3, 2, 4)), 3, compile=EAGER_GRAPHS,
+    )  # fmt: skip
+    assert (report.path, report.nodes, report.compilations, report.reason) == ("compiled", 1, 1, None)
+    assert report.saved_bytes > 0
+
+
+def test_other_backends_are_given_both_graphs():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(len(inputs))
+        return graph
+
+    out, _, leaves = loop({"backend": backend})
+    assert len(seen) == 2
+    out.sum().backward()
