@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_zoo import (  # noqa: I001
+from engine_zoo import (
     EAGER_GRAPHS,
     WAYS,
     ZOO,
     assert_equal,
     compare,
+    double,
     draws,
     loop,
     rand,
@@ -18,6 +19,8 @@ from engine_zoo import (  # noqa: I001
 
 from torchlift.engine import compiled
 from torchlift.engine.run import Body, Stacked, last_report, run
+
+__all__ = ["double"]  # an autouse fixture
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_zoo import (  # noqa: I001
+from engine_zoo import (
     EAGER_GRAPHS,
     assert_equal,
+    double,
     identity,
     loop,
     rand,
@@ -21,6 +22,8 @@ from engine_zoo import (  # noqa: I001
 import torchlift
 from torchlift.engine import compiled
 from torchlift.engine.run import Body, Stacked, explain_run, last_report, run
+
+__all__ = ["double"]  # an autouse fixture
 
 
 def test_a_closure_is_looked_up_at_every_call():

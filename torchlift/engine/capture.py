@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
-from torchlift._compat import pytree
+from torchlift._compat import TorchDispatchMode, pytree
 from torchlift.engine.loop import Body, check_carry
 from torchlift.engine.trees import Template, Tree, split
 
