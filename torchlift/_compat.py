@@ -311,8 +311,6 @@ def version(tensor: torch.Tensor) -> int:
 
 # --- the engine: rematerialisation --------------------------------------------------------------------------------
 
-TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
-
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """What is left of ``tensor`` without the wrappers of ``torch.func`` transforms."""
