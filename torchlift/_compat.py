@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+from torchlift.errors import ModifyCollectionError
+
 
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jvp, functionalize) is in effect."""
@@ -585,3 +587,13 @@ inside_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
 OpOverload = torch._ops.OpOverload
 foreach_add_ = torch._foreach_add_  # private by name, and what every optimizer of torch is built on
 foreach_copy_ = torch._foreach_copy_
+
+
+def refuse_traced_write(tensor: torch.Tensor, message: str) -> None:
+    """While Dynamo traces: raises ModifyCollectionError with ``message`` if ``tensor``, a fresh clone, was written."""
+    torch._dynamo.comptime.comptime(_refuse_written)
+
+
+def _refuse_written(trace: Any) -> None:
+    if version(trace.get_local("tensor").as_fake()) > 0:
+        raise ModifyCollectionError(trace.get_local("message").as_python_constant())

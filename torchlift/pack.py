@@ -213,7 +213,7 @@ class Packed(Collected):
             now = fields[store].get(key)
             if now is not bound[index]:
                 how = "rebind"
-            elif store == "_buffers" and self._was_written(node, index, given[index], bound, versions):
+            elif store == "_buffers" and self._was_written(node, key, index, given[index], bound, versions):
                 how = "copy"
             else:
                 continue
@@ -234,9 +234,11 @@ class Packed(Collected):
                     values.append(tensor)
 
     def _was_written(
-        self, node: Node, index: int, given: Tensor, bound: Sequence[Tensor], versions: dict[int, int]
+        self, node: Node, key: str, index: int, given: Tensor, bound: Sequence[Tensor], versions: dict[int, int]
     ) -> bool:
         if _compat.is_compiling():  # a version is not known while Dynamo traces: what may be written is taken to be
+            if not self.writable[index]:
+                _compat.refuse_traced_write(bound[index], self._read_only(node, key, index))
             return self.writable[index]
         now, owner = bound[index], node.module
         cls: Any = type(owner)
@@ -246,21 +248,24 @@ class Packed(Collected):
             return False
         # NOTE [Batch norm]. torch's batch_norm writes the running statistics without counting it in their version. The
         # counter beside them tells, in torch's own layers; elsewhere the values do, or in a transform are taken to.
-        counters = [at for _, key, at in node.tensors if key == "num_batches_tracked"]
+        counters = [at for _, name, at in node.tensors if name == "num_batches_tracked"]
         if counters and inspect.unwrap(type(owner).forward).__module__.startswith("torch.nn."):
             return any(_compat.version(bound[at]) != versions[at] for at in counters)
         unknown = _compat.is_tracing() or _compat.functorch_level(now) >= 0 or now.is_meta
         return unknown or not torch.equal(now, given)
 
     def _check_writable(self, node: Node, key: str, index: int, now: Any) -> None:
-        entry = self.entries[index]
         if not self.writable[index]:
-            raise ModifyCollectionError(
-                f"{self.label}: changed {node.dotted(key)!r} of collection {entry.collection!r}, which is read-only "
-                f"there; {self._how_to_write(entry.collection)}"
-            )
+            raise ModifyCollectionError(self._read_only(node, key, index))
         if now is None:
             raise UnsupportedError(f"{self.label}: deleted {node.dotted(key)!r} in the body; delete it outside")
+
+    def _read_only(self, node: Node, key: str, index: int) -> str:
+        collection = self.entries[index].collection
+        return (
+            f"{self.label}: changed {node.dotted(key)!r} of collection {collection!r}, which is read-only there; "
+            f"{self._how_to_write(collection)}"
+        )
 
     def _check_creatable(self, node: Node, key: str, collection: str) -> None:
         if not self._writable_collection(collection):
