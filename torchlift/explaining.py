@@ -69,5 +69,5 @@ def explain(module: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         with listen() as reports:
             apply(module, {}, *args, mutable=True, **kwargs)
     finally:
-        rng.restore_defaults(before)
+        rng.write_states(before)
     return Explanation(tuple(reports))

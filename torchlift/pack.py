@@ -173,7 +173,7 @@ class Packed(Collected):
             self._explain_write(error)
             raise
         if drawn is not None and rng.drew(drawn):
-            rng.restore_defaults(drawn)
+            rng.write_states(drawn)
             raise RandomnessError(dict(self.refused)[rng.DROPOUT])
         if not isinstance(out, Tensor):
             self._check_output(out)

@@ -9,6 +9,7 @@ import torch
 
 from torchlift import _compat
 from torchlift._context import context, entered
+from torchlift.engine.draws import States, read_states, write_states
 from torchlift.errors import RandomnessError
 
 # NOTE [Streams]. `params` is what is drawn while a lifted class is constructed, `dropout` everything drawn from
@@ -98,7 +99,7 @@ def seed_rngs(**seeds: int) -> Iterator[None]:
         with entered(streams={**context.streams, **streams}):
             yield
     finally:
-        restore_defaults(before)
+        write_states(before)
 
 
 def positions() -> dict[str, tuple[int, int]]:
@@ -112,26 +113,12 @@ def rewind(positions: dict[str, tuple[int, int]]) -> None:
         context.streams = {**context.streams, **positions}
 
 
-States = tuple[tuple[torch.device, torch.Tensor], ...]
-
-
 def default_states() -> States:
     """The states of the default generators that exist: the CPU's, and each accelerator's once it is in use."""
-    states = [(torch.device("cpu"), torch.get_rng_state())]
+    devices = [torch.device("cpu")]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            device = torch.device("cuda", index)
-            states.append((device, torch.cuda.get_rng_state(device)))
-    return tuple(states)
-
-
-def restore_defaults(states: States) -> None:
-    """Puts the default generators back to ``states``."""
-    for device, state in states:
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return read_states(tuple(devices))
 
 
 def drew(since: States) -> bool:

@@ -114,8 +114,6 @@ class _Call:
 
     def run(self) -> Any:
         layers, first = self.layers, self.packed[0]
-        count = len(self.carry)
-        consts = first.leaves[count:]
         # What publish will write into is given as a copy: autograd keeps the inputs of every layer for backward.
         self.attributes = _attributes(first, layers.scanned_attributes)
         xs = [

@@ -319,7 +319,7 @@ def _built(base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> Iter
     start = rng.default_states()
     while True:
         if not split:
-            rng.restore_defaults(start)
+            rng.write_states(start)
         yield base(*args, **kwargs)
 
 
@@ -331,7 +331,7 @@ def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any, h
     them; the first call or ``load_state_dict`` tells the size, and then each index is built."""
     before = rng.default_states()
     one = base(*args, **kwargs)
-    rng.restore_defaults(before)  # it is there for its names only: the stack's own construction draws
+    rng.write_states(before)  # it is there for its names only: the stack's own construction draws
     object.__setattr__(stack, "__dict__", one.__dict__)
     how.change_metadata(metadata.added, one)
     parameter: Any = nn.UninitializedParameter  # torch's own annotations know neither by its arguments

@@ -14,7 +14,7 @@ from torchlift._context import context, entered
 from torchlift.errors import VariableNameError
 from torchlift.filters import Filter, check, matches
 
-PARAMS, BATCH_STATS, BUFFERS, INTERMEDIATES = "params", "batch_stats", "buffers", "intermediates"
+PARAMS, BATCH_STATS, BUFFERS = "params", "batch_stats", "buffers"
 COLLECTIONS = "_torchlift_collections"  # in a module's __dict__: {buffer name: collection}, for those the user chose
 AT = "_torchlift_at"  # in the __dict__ of a module bound in a body: (index of its root, its dotted path in there)
 ATTRIBUTE = "attribute"  # the store, and the collection, of a tensor that is kept in a plain attribute

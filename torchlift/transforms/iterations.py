@@ -236,11 +236,11 @@ class Iterations:
             except IterationError:
                 # Iterations that change different variables: once more, with all that may change.
                 self.uniform, self.starts = True, {}
-                rng.restore_defaults(states)
+                rng.write_states(states)
                 rng.rewind(self.begin)
                 (state, leaves), ys = run(body, consts, carry, xs, length, compile=False, **options)
             if drawn is not None and not _compat.is_tracing() and rng.drew(drawn):
-                rng.restore_defaults(drawn)
+                rng.write_states(drawn)
                 raise RandomnessError(dict(packed.refused)[rng.DROPOUT])
         assert isinstance(ys, loop.Stacked)
         y_leaves, changed, sown, static = ys.tree

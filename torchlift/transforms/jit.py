@@ -240,7 +240,7 @@ class _Guard:
                 )
         if self.draws is not None and rng.drew(self.draws):
             self._restore()
-            rng.restore_defaults(self.draws)
+            rng.write_states(self.draws)
             raise RandomnessError(f"{self.label}: drew from the random stream 'dropout'; add 'dropout' to rngs=")
 
     @torch.no_grad()

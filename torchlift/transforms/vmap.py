@@ -91,7 +91,7 @@ class _Vmap(Transform):
                 raise
             why = text.splitlines()[0]
             _warn_once(run.packed.fn, f"{groups.label}: runs index by index, since torch says: {why}")
-        rng.restore_defaults(start)
+        rng.write_states(start)
         return run.by_index(in_dims, inputs, splits, why)
 
     def _size(self, entries: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any], label: str) -> int:
@@ -185,7 +185,7 @@ class _Run:
         start, positions = rng.default_states(), rng.positions()
         for i in range(self.size):
             if splits[rng.DROPOUT] is False:
-                rng.restore_defaults(start)
+                rng.write_states(start)
             rng.rewind({name: at for name, at in positions.items() if not splits.get(name)})
             rows.append(self.one(*_slices(in_dims, inputs, i)))
         self.mapped = [any(not torch.equal(x, column[0]) for x in column) for column in zip(*rows, strict=True)]
