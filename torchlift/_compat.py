@@ -204,6 +204,16 @@ def partition(
     return cut(joint, fakes, num_fwd_outputs=outputs, static_lifetime_input_indices=[])
 
 
+def marked(mark: int) -> contextlib.AbstractContextManager[None]:
+    """A block of a function that :func:`joint_graph` captures, whose nodes :func:`mark_of` tells from others."""
+    return torch.fx.traceback.annotate({"torchlift": mark})
+
+
+def mark_of(node: torch.fx.Node) -> int | None:
+    """The mark of the block that ``node`` was captured in."""
+    return node.meta.get("custom", {}).get("torchlift")
+
+
 class Inductor:
     """What Inductor needs around it while the graphs of one capture are traced, partitioned and compiled."""
 

@@ -7,7 +7,7 @@ graph. So a body must not depend on values of tensors, and what it reads besides
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
 from torchlift.engine.loop import Body, check_carry
+from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
+from torchlift.engine.remat import inline_remat
 from torchlift.engine.trees import Template, Tree, split
 
 
@@ -165,7 +167,7 @@ def _quiet() -> Any:
 def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: bool) -> Probe:
     """Runs the iterations on ``fakes`` and reports."""
     spy = _Spy()
-    with _quiet(), mode, torch.set_grad_enabled(train):
+    with _quiet(), inline_remat(), mode, torch.set_grad_enabled(train):
         # Clones, so that an in-place write into a leaf that requires grad is no error here.
         inputs = [fake.clone() for fake in fakes]
         versions = [t._version for t in inputs]
@@ -214,7 +216,7 @@ def trace(
     *,
     train: bool,
     inductor: bool,
-    policy: Callable[..., Any] | None,
+    policy: Policy | None,
 ) -> Graphs:
     """Captures ``fn``, the iterations, on ``fakes`` and partitions them; the carry's tensors start at ``carry_at``.
 
@@ -230,13 +232,14 @@ def trace(
         laid = [like_strided(out, like) for out, like in zip(outputs, carry_likes)] + outputs[len(carry_likes) :]
         return [out.clone() if aliased or out._is_view() else out for out, aliased in zip(laid, seen.aliased)]
 
-    with _quiet(), torch.set_grad_enabled(train):
+    regions = _Regions()
+    with _quiet(), inline_remat(regions.enter), torch.set_grad_enabled(train):
         joint = _compat.joint_graph(flat, fakes, train, inductor)
     _require_no_lost_gradient(joint)
     count = len(seen.outputs)
     if not train:
         return Graphs(joint, None, list(fakes), [], count)
-    _tag(joint, policy)
+    _tag(joint, policy, regions.policies)
     holders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     names, vals = [node.name for node in holders], [node.meta["val"] for node in holders]
     fw, bw = _compat.partition(joint, vals, count, inductor)
@@ -286,19 +289,44 @@ def _draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def _tag(joint: torch.fx.GraphModule, policy: Callable[..., Any] | None) -> None:
-    """Tells the partitioner what to save. NOTE [random operators]: always saved, a second draw would differ."""
+class _Regions:
+    """The checkpointed functions that a capture met, by number from 1 on, and their policies; the outermost counts."""
+
+    def __init__(self) -> None:
+        self.policies: list[Policy] = []
+        self.inside = False
+
+    @contextlib.contextmanager
+    def enter(self, policy: Policy | None) -> Iterator[None]:
+        if self.inside:
+            yield
+            return
+        self.policies.append(policy or checkpoint_policies.nothing_saveable)
+        self.inside = True
+        try:
+            with _compat.marked(len(self.policies)):
+                yield
+        finally:
+            self.inside = False
+
+
+def _tag(joint: torch.fx.GraphModule, policy: Policy | None, regions: list[Policy]) -> None:
+    """Tells the partitioner what to save: by ``policy``, in ``regions`` by theirs.
+
+    NOTE [random operators]: always saved, a second draw would differ.
+    """
     for node in joint.graph.nodes:
         if not _is_forward(node) or not isinstance(node.target, _compat.OpOverload):
             continue
+        # A policy for whole iterations holds in the regions of a body too, as that of an outer region does.
+        region = 0 if policy is not None else _compat.mark_of(node) or 0
+        own = regions[region - 1] if region else policy
         if draws(node):
-            node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, 0
-        elif policy is not None:
+            node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, region
+        elif own is not None:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-            verdict = policy(None, node.target, *args, **kwargs)
-            if isinstance(verdict, bool):
-                verdict = CheckpointPolicy.MUST_SAVE if verdict else CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["recompute"], node.meta["ac_graph_id"] = verdict, 0
+            node.meta["recompute"] = verdict_of(own, None, node.target, *args, **kwargs)
+            node.meta["ac_graph_id"] = region
 
 
 def _wire(
