@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import types
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -124,19 +125,26 @@ def _text(value: Any) -> str:
     if isinstance(value, types.CodeType):
         return _text((value.co_code.hex(), value.co_consts, value.co_names, value.co_varnames, value.co_freevars))
     if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}:{_source(value)}"
+        return _source(value)
     if isinstance(value, _ATOMS):
         return f"{type(value).__name__}:{value!r}"
     # By address, true in this process only: another one compiles anew, which is slow and never wrong.
     return f"{type(value).__qualname__}@{id(value)}"
 
 
+_sources: Counter[str] = Counter()  # how many classes have this source
+
+
 @functools.cache
 def _source(cls: type) -> str:
+    """The source of a class, and a number: a function that makes classes, or a transform, makes many of one source."""
     try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):  # typed in, or generated: what it is made of tells it from others of its name
-        return repr(sorted(map(str, vars(cls))))
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # typed in, or generated
+        source = repr(sorted(map(str, vars(cls))))
+    source = f"{cls.__module__}.{cls.__qualname__}:{source}"
+    _sources[source] += 1
+    return f"{_sources[source]}:{source}"
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
