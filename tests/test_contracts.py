@@ -248,6 +248,69 @@ def test_a_tensor_in_a_plain_attribute_is_refused(way, name):
     assert not hasattr(module, "cache") and module.history == []
 
 
+GROWS = {
+    "append": lambda m, x: m.history.append(2 * x),
+    "in a dict": lambda m, x: m.named.update(new=2 * x),
+    "nested": lambda m, x: m.named["list"].append([2 * x]),
+    "replaced": lambda m, x: m.named.update(kept=2 * x),
+    "of a part": lambda m, x: m.linear.seen.append(2 * x),
+    "beside a tensor": lambda m, x: m.beside.append(2 * x),
+    "a long one": lambda m, x: m.words.append(2 * x),
+}
+
+
+@pytest.mark.parametrize("name", GROWS)
+@every_way
+def test_a_tensor_put_into_a_plain_list_or_dict_is_refused(way, name):
+    module = Net()
+    module.named, module.linear.seen, module.words = {"kept": 1, "list": ["a"]}, [0], list(range(100))
+    module.beside = [torch.zeros(SIZE)]
+    lists = [module.history, module.named, module.named["list"], module.linear.seen, module.words, module.beside]
+    before = copy.deepcopy(lists)
+
+    def body(m, x):
+        GROWS[name](m, x)
+        return x
+
+    match = (
+        r"put a tensor into '(linear\.)?\w+' in the body, a tensor in a plain (list|dict), .*torchlift.variable\(self,"
+    )
+
+    def failing(m, x):
+        return body(m, x) / [][0]
+
+    for run, error, text in ((body, PlainAttributeError, match), (failing, IndexError, "list index")):
+        with pytest.raises(error, match=text):
+            WAYS[way](run)(module, torch.ones(SIZE))
+        assert str(lists) == str(before)
+
+
+@pytest.mark.parametrize("way", ["vmap", "remat", "scan"])
+def test_a_tensor_put_into_a_plain_list_is_refused_by_torch_compile(way):
+    def body(m, x):
+        m.history.append(2 * x)
+        return x
+
+    module = Net()
+    compiled = torch.compile(WAYS[way](body), backend="eager", fullgraph=True)
+    # The body of a checkpoint may change nothing outside of it: there Dynamo itself refuses.
+    match = "Attempted to mutate ListVariable" if way == "remat" else "put a tensor into 'history' in the body"
+    with pytest.raises(Exception, match=match):
+        compiled(module, torch.ones(SIZE))
+    assert module.history == []
+
+
+@every_eager_way
+def test_what_is_no_tensor_stays_in_a_plain_list(way):
+    def body(m, x):
+        m.history.append("called")
+        return x
+
+    module = Net()
+    WAYS[way](body)(module, torch.ones(SIZE))
+    assert module.history and set(module.history) == {"called"}
+
+
 @every_eager_way
 def test_a_changed_number_is_noticed(way):
     def body(m, x):

@@ -26,6 +26,7 @@ ROWS = [
     ["variables.py", "rng.py"],
     ["groups.py"],
     ["collecting.py"],
+    ["containers.py"],
     ["pack.py"],
     ["fingerprint.py", "metadata.py", "applying.py"],
     ["stacking.py"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
 _IDLE = "_torchlift_idle"  # an attribute of hooks that do nothing in a body
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LONG = 64
+LONG = 64
+CONTAINERS = (list, dict, set, collections.deque)
 
 
 class Slot(NamedTuple):
@@ -91,6 +93,7 @@ class Collected:
         self.nodes: list[Node] = []
         self.entries: list[Entry] = []
         self.buffers: list[int] = []  # which entries are buffers
+        self.containers: list[tuple[int, str]] = []  # (node, key) of the plain attributes that can grow
         self._node_of: dict[int, int] = {}
         self._entry_of: dict[Any, int] = {}
         # Dynamo knows tensors as keys of a dict, but no id of them; elsewhere Tensor.__hash__ is a slow way to say id.
@@ -166,11 +169,13 @@ class Collected:
             root = _outermost(new)
             self.roots.append(root)
             self._walk(root, len(self.roots) - 1, "")
-        for node in self.nodes:
+        for at, node in enumerate(self.nodes):
             derived = derived_attributes(node.module)
             raw, node.attributes = node.attributes, []
             for key, value in raw:
                 if key not in derived:
+                    if _can_grow(value):
+                        self.containers.append((at, key))
                     template, has_slots = self._template(value, node, key)
                     if has_slots:
                         node.attributes.append((key, template))
@@ -184,7 +189,7 @@ class Collected:
             return Slot("module", self._node_of[id(value)]), True
         if isinstance(value, Variable):
             return Slot("variable", self._node_of[id(value.module)], value.collection, value.name), True
-        children = _children(value)
+        children = elements(value)
         if not children:
             return value, False
         pairs = [self._template(child, node, key) for child in children]
@@ -316,18 +321,25 @@ class Container:
         return new
 
 
-def _children(value: Any) -> list[Any] | None:
-    """The elements of a container that may hold references. Long ones of plain values, vocabularies say, hold none."""
+def elements(value: Any) -> list[Any] | None:
+    """What is in a container that may hold references. Long ones of plain values, vocabularies say, hold none."""
     if type(value) is list or isinstance(value, tuple):
-        elements = list(value) if len(value) <= _LONG or type(value[0]) not in SCALARS else None
+        found = list(value) if len(value) <= LONG or type(value[0]) not in SCALARS else None
     elif isinstance(value, dict):
         first = next(iter(value.values()), None)
-        elements = list(value.values()) if len(value) <= _LONG or type(first) not in SCALARS else None
+        found = list(value.values()) if len(value) <= LONG or type(first) not in SCALARS else None
     elif _tree.is_node(value):
-        elements = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        found = [getattr(value, field.name) for field in dataclasses.fields(value)]
     else:
-        elements = None
-    return elements
+        found = None
+    return found
+
+
+def _can_grow(value: Any) -> bool:
+    """Whether there is a container in ``value`` that a body could put something into."""
+    if isinstance(value, CONTAINERS):
+        return True
+    return any(type(child) not in SCALARS and _can_grow(child) for child in elements(value) or ())
 
 
 def modules_in(value: Any, found: list[nn.Module]) -> None:
@@ -337,7 +349,7 @@ def modules_in(value: Any, found: list[nn.Module]) -> None:
     elif isinstance(value, Variable):
         found.append(value.module)
     else:
-        for child in _children(value) or ():
+        for child in elements(value) or ():
             modules_in(child, found)
 
 

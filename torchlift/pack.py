@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchlift import _compat, _tree, rng
 from torchlift._context import context, entered
 from torchlift.collecting import INTERNALS, SCALARS, Collected, Node, derived_attributes, same_role
+from torchlift.containers import Held, held_in, tensors_in
 from torchlift.errors import (
     AliasError,
     ModifyCollectionError,
@@ -163,14 +164,17 @@ class Packed(Collected):
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)
         before = [(list(shadow.__dict__), list(shadow.__dict__.values())) for shadow in shadows]
+        held = [(at, key, held_in(shadows[at].__dict__.get(key))) for at, key in self.containers]
         frames = self.context["captures"]
         frame = Capture(_AnyOf(frames))
         drawn = self._draws_refused()
         try:
             with entered(captures=(frame,) if frames else (), axes=self.context["axes"], refused=self.refused):
                 out = self.fn(shadows[0], *args, **kwargs)
-        except RuntimeError as error:
-            self._explain_write(error)
+        except BaseException as error:  # what ends a run to start another too
+            self._check_containers(held, error)
+            if isinstance(error, RuntimeError):
+                self._explain_write(error)
             raise
         if drawn is not None and rng.drew(drawn):
             rng.write_states(drawn)
@@ -182,6 +186,7 @@ class Packed(Collected):
         for at, shadow in enumerate(shadows):
             self._read_back(at, shadow.__dict__, tensors, bound, versions, changes, values)
             self._check_attributes(self.nodes[at], shadow.__dict__, *before[at])
+        self._check_containers(held)
         sown = [(site, value) for site, values in frame.sown.items() for value in values]
         return out, Update(values, [value for _, value in sown], Meta(tuple(changes), tuple(site for site, _ in sown)))
 
@@ -287,16 +292,27 @@ class Packed(Collected):
             where = f"{self.label}: assigned {node.dotted(key)!r} in the body"
             tensors = [leaf for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
             if any(all(tensor is not known for known in bound) for tensor in tensors):
-                raise PlainAttributeError(
-                    f"{where}, a tensor in a plain attribute, which would outlive the transform; declare it with "
-                    f"torchlift.variable(self, 'state', {key!r}, init_fn) and set its .value, or hand it out with sow"
-                )
+                raise PlainAttributeError(f"{where}, {_outlives('attribute', key)}")
             if type(value) in SCALARS and value != old.get(key, fields) and not _compat.is_compiling():
                 warn(
                     f"{where}: {old.get(key)!r} -> {value!r}, which is not kept: a body may run once, more often or "
                     f"never in a call; declare it with torchlift.variable(self, 'state', {key!r}, init_fn)",
                     TorchliftWarning,
                 )
+
+    def _check_containers(
+        self, held: Sequence[tuple[int, str, list[Held]]], error: BaseException | None = None
+    ) -> None:
+        """As for attributes; takes out of plain lists and dicts what was put into them, after an ``error`` too."""
+        for at, key, containers in held:
+            for container in containers:
+                if tensors_in(container.added()):
+                    container.restore()
+                    if error is None:
+                        raise PlainAttributeError(
+                            f"{self.label}: put a tensor into {self.nodes[at].dotted(key)!r} in the body, "
+                            + _outlives(type(container.container).__name__, key)
+                        )
 
     # Publish ---------------------------------------------------------------------------------------------------------
 
@@ -350,6 +366,13 @@ class Packed(Collected):
                 tensors[change.key].copy_(value)
         else:
             tensors[change.key] = value
+
+
+def _outlives(kind: str, key: str) -> str:
+    return (
+        f"a tensor in a plain {kind}, which would outlive the transform; declare it with "
+        f"torchlift.variable(self, 'state', {key!r}, init_fn) and set its .value, or hand it out with sow"
+    )
 
 
 class _AnyOf:

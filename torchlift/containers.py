@@ -1,0 +1,66 @@
+"""Plain lists, dicts and sets that a module keeps: what a body put into them.
+
+NOTE [Plain containers]. The shadow of a module holds the very lists and dicts of the module itself, but for those with
+tensors or modules in them, since code around the model may hold them too. So what a body puts into one outlives the
+body, and a tensor there would be a dead tracer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any
+
+from torch import Tensor
+
+from torchlift import _tree
+from torchlift.collecting import CONTAINERS, LONG, elements
+
+
+class Held:
+    """A container, and what it held when this was made."""
+
+    def __init__(self, container: Any):
+        self.container, self.size = container, len(container)
+        self.keys = list(container) if isinstance(container, dict) and self.size <= LONG else []
+        # To copy a vocabulary at each call would take too long: of one that large, only what comes on top is seen.
+        self.values = _values(container) if self.size <= LONG else None
+
+    def added(self) -> list[Any]:
+        """What is in the container that was not."""
+        if self.values is None:
+            at_end = self.container.values() if isinstance(self.container, dict) else self.container
+            return list(itertools.islice(at_end, self.size, None)) if len(at_end) > self.size else []
+        now = _values(self.container)
+        if len(now) == len(self.values) and all(map(operator.is_, now, self.values)):
+            return []
+        return [value for value in now if all(value is not old for old in self.values)]
+
+    def restore(self) -> None:
+        """Makes the container hold what it held."""
+        container, values = self.container, self.values
+        if values is None:
+            values = list(itertools.islice(_values(container), self.size))
+            self.keys = list(itertools.islice(container, self.size)) if isinstance(container, dict) else []
+        container.clear()
+        if isinstance(container, dict):
+            container.update(zip(self.keys, values, strict=True))
+        elif isinstance(container, set):
+            container.update(values)
+        else:
+            container.extend(values)
+
+
+def _values(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def held_in(value: Any) -> list[Held]:
+    """The containers in a plain attribute, however deep."""
+    own = [Held(value)] if isinstance(value, CONTAINERS) else []
+    return [*own, *(held for child in elements(value) or () for held in held_in(child))]
+
+
+def tensors_in(values: list[Any]) -> list[Tensor]:
+    """The tensors in what was added."""
+    return [leaf for value in values for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
