@@ -172,7 +172,7 @@ class Packed(Collected):
             with entered(captures=(frame,) if frames else (), axes=self.context["axes"], refused=self.refused):
                 out = self.fn(shadows[0], *args, **kwargs)
         except BaseException as error:  # what ends a run to start another too
-            self._check_containers(held, error)
+            self._check_containers(held, shadows, error)
             if isinstance(error, RuntimeError):
                 self._explain_write(error)
             raise
@@ -186,7 +186,7 @@ class Packed(Collected):
         for at, shadow in enumerate(shadows):
             self._read_back(at, shadow.__dict__, tensors, bound, versions, changes, values)
             self._check_attributes(self.nodes[at], shadow.__dict__, *before[at])
-        self._check_containers(held)
+        self._check_containers(held, shadows)
         sown = [(site, value) for site, values in frame.sown.items() for value in values]
         return out, Update(values, [value for _, value in sown], Meta(tuple(changes), tuple(site for site, _ in sown)))
 
@@ -301,16 +301,22 @@ class Packed(Collected):
                 )
 
     def _check_containers(
-        self, held: Sequence[tuple[int, str, list[Held]]], error: BaseException | None = None
-    ) -> None:
+        self, held: Sequence[tuple[int, str, list[Held]]], shadows: Sequence[nn.Module],
+        error: BaseException | None = None,
+    ) -> None:  # fmt: skip
         """As for attributes; takes out of plain lists and dicts what was put into them, after an ``error`` too."""
         for at, key, containers in held:
+            node, fields = self.nodes[at], shadows[at].__dict__
+            # One with slots was made for this run. torch's recurrent layers keep their weights in a list besides, and
+            # put into it what is put in their place.
+            own = any(key == name for name, _ in node.attributes)
+            replaced = [*fields["_parameters"].values(), *fields["_buffers"].values()] if own else []
             for container in containers:
-                if tensors_in(container.added()):
+                if any(all(tensor is not known for known in replaced) for tensor in tensors_in(container.added())):
                     container.restore()
                     if error is None:
                         raise PlainAttributeError(
-                            f"{self.label}: put a tensor into {self.nodes[at].dotted(key)!r} in the body, "
+                            f"{self.label}: put a tensor into {node.dotted(key)!r} in the body, "
                             + _outlives(type(container.container).__name__, key)
                         )
 
