@@ -220,6 +220,11 @@ def test_apply_on_a_model_that_holds_a_stack():
 # A size that comes later ---------------------------------------------------------------------------------------------
 
 
+class Louder(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def lazy_class():
     return vmap(nn.Linear, variable_axes={"params": 0})
 
@@ -367,7 +372,12 @@ def test_a_stack_runs_through_the_function_forms_only():
         (
             lambda: stack_modules([nn.Linear(1, 1), nn.Bilinear(1, 1, 1)]),
             LayerMismatchError,
-            "stack_modules: module 1 is a Bilinear, expected a Linear",
+            "stack_modules: module 1 is a Bilinear, expected a Linear$",
+        ),
+        (
+            lambda: stack_modules([nn.Linear(1, 1), Louder(1, 1)]),
+            LayerMismatchError,
+            "module 1 is a Louder, expected a Linear, whose methods the stack has; lift or stack its own class",
         ),
         (
             lambda: stack_modules([nn.Linear(1, 2), nn.Linear(1, 1)]),
@@ -404,6 +414,11 @@ def test_a_stack_runs_through_the_function_forms_only():
             lambda: lazy_class().from_modules([nn.ReLU()]),
             LayerMismatchError,
             r"vmap\(Linear, .*\): module 0 is a ReLU, expected a Linear",
+        ),
+        (
+            lambda: lazy_class().from_modules([Louder(1, 1)]),
+            LayerMismatchError,
+            r"vmap\(Linear, .*\): module 0 is a Louder, expected a Linear, whose methods the stack has; lift or stack its",
         ),
         (lambda: lazy_class().from_modules([]), AxisError, "got 0 modules, expected at least one"),
         (

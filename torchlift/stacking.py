@@ -83,6 +83,15 @@ def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...],
         del module
 
 
+def _check_classes(label: str, modules: Sequence[nn.Module], cls: type[nn.Module]) -> None:
+    """A subclass will not do: a stack has the methods of one class."""
+    for index, module in enumerate(modules):
+        got = class_of(module)
+        if got is not cls:
+            end = ", whose methods the stack has; lift or stack its own class" if issubclass(got, cls) else ""
+            raise LayerMismatchError(f"{label}: module {index} is a {got.__name__}, expected a {cls.__name__}{end}")
+
+
 def _make_stacks(first: nn.Module, sizes: tuple[int, ...], how: Stacking) -> list[tuple[str, nn.Module, str, str]]:
     """Puts stacks in the place of the tensors of ``first``, which it lets go of, and says where they are."""
     slots = []
@@ -260,11 +269,7 @@ def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
     def from_modules(cls: type[nn.Module], modules: Iterable[nn.Module]) -> nn.Module:
         """One instance from existing modules, whose tensors are copied."""
         given = list(modules)
-        for index, module in enumerate(given):
-            if not isinstance(module, base):
-                raise LayerMismatchError(
-                    f"{how.label}: module {index} is a {type(module).__name__}, expected a {base.__name__}"
-                )
+        _check_classes(how.label, given, base)
         sizes = how.sizes if how.sizes is not None else (len(given),)
         if math.prod(sizes) != len(given) or not given:
             raise AxisError(f"{how.label}: got {len(given)} modules, expected {math.prod(sizes) or 'at least one'}")
@@ -390,16 +395,11 @@ def stack_modules(modules: Iterable[nn.Module], axis: int = 0) -> nn.Module:
         torch.Size([3, 2])
     """
     given = list(modules)
-    label = "stack_modules"
     if not given:
-        raise AxisError(f"{label}: got no modules, expected at least one")
-    for index, module in enumerate(given):
-        if class_of(module) is not class_of(given[0]):
-            raise LayerMismatchError(
-                f"{label}: module {index} is a {type(module).__name__}, expected a {type(given[0]).__name__}"
-            )
+        raise AxisError("stack_modules: got no modules, expected at least one")
+    _check_classes("stack_modules", given, class_of(given[0]))
     stack = copy.copy(given[0])
-    how = Stacking(Groups(label, {True: axis}), (len(given),))
+    how = Stacking(Groups("stack_modules", {True: axis}), (len(given),))
     fill(stack, iter([_copied(given[0]), *given[1:]]), (len(given),), how)
     stack.__dict__["_torchlift_stack"] = how
     stack.register_forward_pre_hook(_refuse_call)
