@@ -108,6 +108,7 @@ class _View:
         for x in old.values():
             for owner, store, key in self.places[x]:
                 owner.__dict__[store][key] = x
+        _replace_in_lists(self.root, {x: old[path] for path, x in before.items() if path in old})
         written = {path: x is before.get(path) for path, x in changed.items()}  # rather than rebound
         for path, x in _flat(new):
             if path in before and path not in changed:
