@@ -24,7 +24,7 @@ ROWS = [
     ["filters.py"],
     ["engine/*"],
     ["variables.py", "rng.py"],
-    ["groups.py"],
+    ["groups.py", "nodes.py"],
     ["collecting.py"],
     ["containers.py"],
     ["pack.py"],

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
+from torchlift.nodes import HOOKS, INTERNALS, LONG, SCALARS, Entry, Node, Place, remember, remembered
 from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of
 
 INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
-INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
-SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
 _IDLE = "_torchlift_idle"  # an attribute of hooks that do nothing in a body
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-LONG = 64
 CONTAINERS = (list, dict, set, collections.deque)
 
 
@@ -31,42 +28,6 @@ class Slot(NamedTuple):
     index: int  # type: ignore[assignment]  # of the entry or the node; nobody calls tuple.index
     collection: str = ""
     name: str = ""
-
-
-class Entry:
-    """One variable: a tensor, and the places where it was found, the first of which names it."""
-
-    __slots__ = ("collection", "places", "root", "store", "tensor")
-
-    def __init__(self, tensor: Tensor, collection: str, node: Node, store: str, key: str):
-        self.tensor, self.collection, self.root, self.store = tensor, collection, node.root, store
-        self.places = [(node, key, collection)]
-
-    @property
-    def name(self) -> str:
-        """The dotted name, in its root. Made when asked for: a call that succeeds needs no names."""
-        node, key, _ = self.places[0]
-        return node.dotted(key)
-
-    @property
-    def paths(self) -> list[tuple[str, str]]:
-        """Every place, as (dotted name, the collection it has there)."""
-        return [(node.dotted(key), collection) for node, key, collection in self.places]
-
-
-class Node:
-    """One module of the tree, and where in it tensors, children and other references lie."""
-
-    __slots__ = ("attributes", "children", "module", "path", "root", "tensors")
-
-    def __init__(self, module: nn.Module, root: int, path: str):
-        self.module, self.root, self.path = module, root, path
-        self.tensors: list[tuple[str, str, int]] = []  # (store, key, entry)
-        self.children: list[tuple[str, int]] = []  # (key, node)
-        self.attributes: list[tuple[str, Any]] = []  # (key, template with slots)
-
-    def dotted(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
 
 
 class _Registrar:
@@ -88,26 +49,42 @@ class Collected:
     the roots, the lifted module first.
     """
 
+    nodes: list[Node]
+    entries: list[Entry]
+    tensors: list[Tensor]  # of each entry
+    buffers: list[int]  # which entries are buffers
+    containers: list[tuple[int, str]]  # (node, key) of the plain attributes that can grow
+
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], label: str):
         self.label = label
-        self.nodes: list[Node] = []
-        self.entries: list[Entry] = []
-        self.buffers: list[int] = []  # which entries are buffers
-        self.containers: list[tuple[int, str]] = []  # (node, key) of the plain attributes that can grow
+        self.leaves, self._spec = _tree.flatten((args, kwargs))
+        self.tensor_leaves = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.roots = [module]
+        self._slots: list[Slot] | None = None  # None: the arguments hold no module; their leaves are what goes in
+        given: list[nn.Module] = []
+        if len(self.tensor_leaves) < len(self.leaves):
+            for leaf in self.leaves:
+                modules_in(leaf, given)
+        # What Dynamo traces is a module of its own; a bound one lives for one call.
+        lasting = not given and not _compat.is_compiling() and AT not in module.__dict__
+        self.memory = remembered(module) if lasting else None
+        found = None if self.memory is None else self.memory.recall()
+        if self.memory is not None and found is not None:
+            self.nodes, self.tensors = found
+            self.entries, self.buffers, self.containers = self.memory.about
+            return
+        self.nodes, self.entries, self.tensors, self.buffers, self.containers = [], [], [], [], []
         self._node_of: dict[int, int] = {}
         self._entry_of: dict[Any, int] = {}
         # Dynamo knows tensors as keys of a dict, but no id of them; elsewhere Tensor.__hash__ is a slow way to say id.
         self._identity: Callable[[Tensor], Any] = _itself if _compat.is_compiling() else id
-        self.leaves, self._spec = _tree.flatten((args, kwargs))
-        self.tensor_leaves = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        self.roots = [module]
         self._walk(module, 0, "")
-        if len(self.tensor_leaves) < len(self.leaves) or self._interesting:
-            self._collect_further()
-            self._slots: list[Slot] | None = [self._argument(at, leaf) for at, leaf in enumerate(self.leaves)]
-        else:
-            self._slots = None  # the arguments hold nothing but tensors: their leaves are what goes in
-        self.tensors = [entry.tensor for entry in self.entries]
+        if given or self._interesting:
+            self._collect_further(given)
+        if given:
+            self._slots = [self._argument(at, leaf) for at, leaf in enumerate(self.leaves)]
+        if lasting and len(self.roots) == 1:
+            self.memory = remember(module, self.nodes, self.entries, self.buffers, self.containers)
 
     _interesting = False  # whether any plain attribute may hold a reference
 
@@ -145,18 +122,19 @@ class Collected:
                     "lifting it"
                 )
             self._entry_of[identity] = index = len(self.entries)
-            self.entries.append(Entry(tensor, collection, node, store, key))
+            self.entries.append(Entry(node.root, store, self._place(node, key, collection)))
+            self.tensors.append(tensor)
             if store == "_buffers":
                 self.buffers.append(index)
         elif store != ATTRIBUTE:
-            self.entries[index].places.append((node, key, collection))
+            self.entries[index].places.append(self._place(node, key, collection))
         return index
 
-    def _collect_further(self) -> None:
+    def _place(self, node: Node, key: str, collection: str) -> Place:
+        return Place(self._node_of[id(node.module)], node.path, key, collection)
+
+    def _collect_further(self, found: list[nn.Module]) -> None:
         """Modules in arguments and plain attributes, then the tensors in plain attributes, which may be theirs."""
-        found: list[nn.Module] = []
-        for leaf in self.leaves:
-            modules_in(leaf, found)
         scanned = 0
         while True:
             for node in self.nodes[scanned:]:
@@ -224,7 +202,7 @@ class Collected:
             _acts(hook)
             for at, node in enumerate(self.nodes)
             if at or not skip_root
-            for hooks in _HOOKS
+            for hooks in HOOKS
             for hook in node.module.__dict__[hooks].values()
         )
 
@@ -388,4 +366,4 @@ def derived_attributes(module: nn.Module) -> tuple[str, ...]:
 
 def same_role(entry: Entry, axis_of: Callable[[str], Any]) -> bool:
     """Whether all the places of an entry ask for one axis."""
-    return len(entry.places) == 1 or len({axis_of(collection) for _, _, collection in entry.places}) == 1
+    return len(entry.places) == 1 or len({axis_of(place.collection) for place in entry.places}) == 1

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from torchlift import _tree
-from torchlift.collecting import CONTAINERS, LONG, elements
+from torchlift.collecting import CONTAINERS, elements
+from torchlift.nodes import LONG
 
 
 class Held:

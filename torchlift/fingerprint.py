@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift.collecting import INTERNALS, SCALARS, Node
 from torchlift.errors import UnsupportedError
+from torchlift.nodes import INTERNALS, SCALARS, Node
 from torchlift.pack import Packed
 from torchlift.variables import AT, class_of
 

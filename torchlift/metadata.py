@@ -184,7 +184,7 @@ def without_axis(
     for at, node in enumerate(packed.nodes if params else ()):
         if METADATA in node.module.__dict__:
             places = {
-                key: axis if axis is None else axis % (packed.entries[entry].tensor.ndim + missing)
+                key: axis if axis is None else axis % (packed.tensors[entry].ndim + missing)
                 for _, key, entry in node.tensors
                 for axis in (axes[entry],)
             }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import context, entered
-from torchlift.collecting import INTERNALS, SCALARS, Collected, Node, derived_attributes, same_role
+from torchlift.collecting import Collected, derived_attributes, same_role
 from torchlift.containers import Held, held_in, tensors_in
 from torchlift.errors import (
     AliasError,
@@ -34,6 +34,7 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.filters import matches
+from torchlift.nodes import INTERNALS, SCALARS, Node
 from torchlift.variables import (
     AT,
     ATTRIBUTE,
@@ -350,7 +351,7 @@ class Packed(Collected):
 
     def _check_publishable(self, change: Change, value: Tensor) -> None:
         owner = self.nodes[change.node].module
-        level = -1 if change.entry < 0 else _compat.functorch_level(self.entries[change.entry].tensor)
+        level = -1 if change.entry < 0 else _compat.functorch_level(self.tensors[change.entry])
         if _compat.functorch_level(value) > level and AT not in owner.__dict__:
             raise PublishError(
                 f"{self.label}: {self.nodes[change.node].dotted(change.key)!r} of collection {change.collection!r} "

@@ -97,7 +97,7 @@ class _Call:
     def _shares_state(self) -> bool:
         seen: set[int] = set()
         for packed in self.packed:
-            own = {id(entry.tensor) for entry in packed.entries if entry.store == "_buffers"}
+            own = {id(packed.tensors[at]) for at in packed.buffers}
             if own & seen:
                 return True
             seen |= own

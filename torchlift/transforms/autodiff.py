@@ -412,7 +412,7 @@ def _directions(
                 )
             at = places[collection, name]
             if tangent is not None:
-                found[at] = (f"the tangent of {name!r} in {collection!r}", tangent, packed.entries[at].tensor)
+                found[at] = (f"the tangent of {name!r} in {collection!r}", tangent, packed.tensors[at])
     for what, tangent, primal in found.values():
         if not is_differentiable(primal) or describe(tangent) != describe(primal):
             expected = describe(primal) if is_differentiable(primal) else f"None, as for any {describe(primal)}"

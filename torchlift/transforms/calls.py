@@ -99,7 +99,7 @@ def wanted_operands(packed: Packed, filter: Filter, argument: str, multi: bool =
                 f"{entry.name!r} of collection {entry.collection!r} is in {argument}"
                 + (advice if argument == "vjp_variables" else "; make the one a submodule of the other")
             )
-        if is_differentiable(entry.tensor):
+        if is_differentiable(packed.tensors[at]):
             wanted.append(at)
     count = len(packed.entries)
     return wanted + [count + i for i, at in enumerate(packed.tensor_leaves) if is_differentiable(packed.leaves[at])]

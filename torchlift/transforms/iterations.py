@@ -70,14 +70,16 @@ class Iterations:
         self.label, self.levels, self.groups, self.transform = label, levels, groups, transform
         if stacking.is_pending(module):
             leaves, _ = _tree.flatten((args, kwargs))
-            stacking.materialize(module, _length(label, sizes, [], [], leaves, axes, 1)[0])
+            stacking.materialize(module, _length(label, sizes, [], [], [], leaves, axes, 1)[0])
         self.packed = packed = Packed(fn, module, args, kwargs, label, inside)
         self.roles = packed.group(groups.role)
         packed.allow(lambda c: groups.role(c).writable, _how_to_write)
         packed.refuse(groups.untold_streams(rng.positions()))
         self.axes = axes
         self.attributes = metadata.without_axis(packed, [role.axis for role in self.roles], metadata_params or {})
-        self.lengths = lengths or _length(label, sizes, packed.entries, self.roles, packed.leaves, axes, levels)
+        self.lengths = lengths or _length(
+            label, sizes, packed.entries, packed.tensors, self.roles, packed.leaves, axes, levels
+        )
         self.carried = [at for at, role in enumerate(self.roles) if role.carried]
         self.scanned = [at for at, role in enumerate(self.roles) if role.axis is not None]
         self.shared = [at for at, role in enumerate(self.roles) if role.axis is None and not role.carried]
@@ -160,9 +162,8 @@ class Iterations:
         for at in self.scanned:
             entry = self.packed.entries[at]
             if self.packed.writable[at] and entry.store == "_buffers":
-                node, key, collection = entry.places[0]
-                place = self.packed.nodes.index(node)
-                found.append((Change("copy", place, "_buffers", key, at, collection), new.get(at, tensors[at])))
+                node, _, key, collection = entry.places[0]
+                found.append((Change("copy", node, "_buffers", key, at, collection), new.get(at, tensors[at])))
         return found
 
     def _streams(self, index: Any) -> entered:
@@ -201,7 +202,8 @@ class Iterations:
     def loop(self, register: Callable[[], str], *, compile: Any, **options: Any) -> tuple[Any, Any]:
         """Runs the loop and publishes its state; the carry as the user's tree, and the engine's ys.
 
-        ``register`` makes the body known for a graph of ``torch.compile`` around the loop, and returns its key.
+        ``register`` makes the body known for a graph of ``torch.compile`` around the loop, and returns its key; an
+        empty one where the loop has to be plain.
         """
         packed, length = self.packed, math.prod(self.lengths)
         tensors = packed.snapshot()
@@ -216,18 +218,19 @@ class Iterations:
         if packed.has_hooks(skip_root=packed.inside is not None):
             compile = False
         if _compat.is_compiling():
-            if compile is False or packed.nested or length == 0:
+            known = "" if compile is False or packed.nested or length == 0 else register()
+            if known:
+                (state, leaves), ys = opaque_run(known, consts, carry, xs, length, compile=compile, **options)
+            else:
                 body = loop.Body(self.body, self.label, self.label)
                 (state, leaves), ys = loop.plain_run(body, consts, carry, xs, length, **_plain_options(options))
-            else:
-                (state, leaves), ys = opaque_run(register(), consts, carry, xs, length, compile=compile, **options)
         else:
             key: Any = self.label
             try:
                 key = key if compile is False else (fingerprint.of_packed(packed), self.transform)
             except UnsupportedError as error:  # what the body depends on cannot be told
                 compile = False
-                _warn_once(f"{self.label} runs as a plain Python loop: {error}")
+                warn_plain(self.label, error)
             drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) else None
             body = loop.Body(self.body, key, self.label)
             states = rng.default_states()
@@ -330,7 +333,9 @@ def _fits(new: Any, old: Any) -> bool:
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
+def warn_plain(label: str, error: UnsupportedError) -> None:
+    """Says, once, that a loop runs as the plain one, since it cannot be told what its body depends on."""
+    message = f"{label} runs as a plain Python loop: {error}"
     if message not in _warned:
         _warned.add(message)
         warn(message, TorchliftCompileWarning)
@@ -343,20 +348,20 @@ def _described(leaf: Any) -> str:
 
 
 def _length(
-    label: str, sizes: tuple[int, ...] | None, entries: Sequence[Any], roles: Sequence[Role], leaves: Sequence[Any],
-    axes: Sequence[Any], levels: int,
+    label: str, sizes: tuple[int, ...] | None, entries: Sequence[Any], tensors: Sequence[Tensor],
+    roles: Sequence[Role], leaves: Sequence[Any], axes: Sequence[Any], levels: int,
 ) -> tuple[int, ...]:  # fmt: skip
     """The lengths of the loop's levels, on which all that is scanned must agree."""
     found: dict[str, tuple[int, ...]] = {} if sizes is None else {"length": sizes}
-    for entry, role in zip(entries, roles, strict=True):
+    for entry, tensor, role in zip(entries, tensors, roles, strict=True):
         if role.axis is not None:
             where = f"{label}: {entry.name!r} in {entry.collection!r}"
-            free = entry.tensor.ndim - levels + 1
+            free = tensor.ndim - levels + 1
             if not -free <= role.axis < free:
-                shape = tuple(entry.tensor.shape)
+                shape = tuple(tensor.shape)
                 raise AxisError(f"{where} has shape {shape}, which has no axis {role.axis} to scan over")
             axis = role.axis % free
-            found[f"{entry.name!r} in {entry.collection!r}"] = tuple(entry.tensor.shape[axis : axis + levels])
+            found[f"{entry.name!r} in {entry.collection!r}"] = tuple(tensor.shape[axis : axis + levels])
             if sizes is not None and found[f"{entry.name!r} in {entry.collection!r}"] != sizes:
                 got = found[f"{entry.name!r} in {entry.collection!r}"]
                 raise AxisError(f"{where} has {_plain(got)} on axis {axis}, expected {_plain(sizes)}")

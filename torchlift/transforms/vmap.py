@@ -50,12 +50,12 @@ class _Vmap(Transform):
         leaf_axes = _argument_axes(self.in_axes, args, kwargs, label)
         if stacking.is_pending(module):
             leaves, _ = _tree.flatten((args, kwargs))
-            stacking.materialize(module, self._size([], [], leaves, leaf_axes, label))
+            stacking.materialize(module, self._size([], [], [], leaves, leaf_axes, label))
         packed = Packed(fn, module, args, kwargs, label, inside)
         roles = packed.group(groups.role)
         packed.allow(lambda c: groups.role(c).writable, lambda c: f"give it an axis: variable_axes={{{c!r}: 0}}")
         packed.refuse(groups.untold_streams(rng.positions()))
-        size = self._size(packed.entries, roles, packed.leaves, leaf_axes, label)
+        size = self._size(packed.entries, packed.tensors, roles, packed.leaves, leaf_axes, label)
         run = _Run(packed, groups, self.out_axes, size, self.axis_name)
         run.attributes = metadata.without_axis(packed, [role.axis for role in roles], self.partition_params)
         mapped = packed.tensor_leaves
@@ -94,12 +94,14 @@ class _Vmap(Transform):
         rng.write_states(start)
         return run.by_index(in_dims, inputs, splits, why)
 
-    def _size(self, entries: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any], label: str) -> int:
+    def _size(
+        self, entries: Any, tensors: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any], label: str
+    ) -> int:
         sizes: dict[str, int] = {} if self.axis_size is None else {"axis_size": self.axis_size}
-        for entry, role in zip(entries, roles, strict=True):
+        for entry, tensor, role in zip(entries, tensors, roles, strict=True):
             if role.axis is not None:
                 name = f"{entry.name!r} in {entry.collection!r}"
-                sizes[f"{name} (axis {role.axis})"] = _size_on(entry.tensor, role.axis, f"{label}: {name}")
+                sizes[f"{name} (axis {role.axis})"] = _size_on(tensor, role.axis, f"{label}: {name}")
         for number, (leaf, axis) in enumerate(zip(leaves, leaf_axes, strict=True)):
             if axis is not None and isinstance(leaf, Tensor):
                 name = f"argument leaf {number}"

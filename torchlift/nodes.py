@@ -1,0 +1,188 @@
+"""Modules and variables as a call sees them, and the memory of how a module tree was last found."""
+
+from __future__ import annotations
+
+import operator
+import types
+import weakref
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchlift.variables import ATTRIBUTE
+
+SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
+ATOMS = (*SCALARS, torch.dtype, torch.device, torch.Size, slice, range)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+LONG = 64  # a longer container is a table of plain values
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: the index and the path of its node, its key there, and the collection that it has there."""
+
+    node: int
+    path: str
+    key: str
+    collection: str
+
+    @property
+    def name(self) -> str:
+        return dotted(self.path, self.key)
+
+
+class Entry:
+    """One variable: its collection, and the places where it was found, the first of which names it."""
+
+    __slots__ = ("collection", "places", "root", "store")
+
+    def __init__(self, root: int, store: str, place: Place):
+        self.collection, self.root, self.store = place.collection, root, store
+        self.places = [place]
+
+    @property
+    def name(self) -> str:
+        """The dotted name, in its root. Made when asked for: a call that succeeds needs no names."""
+        return self.places[0].name
+
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        """Every place, as (dotted name, the collection it has there)."""
+        return [(place.name, place.collection) for place in self.places]
+
+
+class Node:
+    """One module of the tree, and where in it tensors, children and other references lie."""
+
+    __slots__ = ("attributes", "children", "module", "path", "root", "tensors")
+
+    def __init__(self, module: nn.Module, root: int, path: str):
+        self.module, self.root, self.path = module, root, path
+        self.tensors: list[tuple[str, str, int]] = []  # (store, key, entry)
+        self.children: list[tuple[str, int]] = []  # (key, node)
+        self.attributes: list[tuple[str, Any]] = []  # (key, template with slots)
+
+    def dotted(self, key: str) -> str:
+        return dotted(self.path, key)
+
+
+def dotted(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+class _Unwatchable(Exception):
+    """Something in a module tree that can change unseen."""
+
+
+class Memory:
+    """How a module tree was found, for as long as it stays as it is.
+
+    NOTE [Memory]. To walk the modules of a layer takes as long as to run a small one, and the next call finds the same.
+    So a tree is remembered if all its plain attributes are numbers, names, functions without a closure, or containers
+    of such, and it is known again if every dict and list in it holds the very same objects; a tree that changed in any
+    way is walked anew. Tensors are not remembered but read from their places, and told apart anew. Nothing here refers
+    to the root, whose death ends the memory.
+    """
+
+    def __init__(self, root: nn.Module, nodes: list[Node], *about: Any):
+        self.about = about  # the rest of what was found, which no call changes
+        self.keys: dict[Hashable, Hashable] = {}  # what fingerprint.py found of this tree
+        self._watched: list[tuple[Any, tuple[Any, ...]]] = []  # of containers in attributes: what they held
+        self._parts = [self._part(node) for node in nodes]
+        key = id(root)
+        self.root = weakref.ref(root, lambda _: _memories.pop(key, None))
+
+    def _part(self, node: Node) -> tuple[Any, ...]:
+        fields = node.module.__dict__
+        if any(fields[hooks] for hooks in HOOKS):
+            raise _Unwatchable
+        for key, value in fields.items():
+            if key not in INTERNALS:
+                self._watch(value)
+        parameters, buffers = (
+            [key for at, key, _ in node.tensors if at == store] for store in ("_parameters", "_buffers")
+        )
+        return (
+            weakref.ref(node.module), type(node.module), node.path, node.tensors, node.children,
+            tuple(fields), tuple(fields.values()), parameters, buffers, tuple(fields["_modules"].values()),
+        )  # fmt: skip
+
+    def _watch(self, value: Any, depth: int = 4) -> None:
+        kind = type(value)
+        if kind in ATOMS or isinstance(value, (type, types.BuiltinFunctionType)):
+            return
+        if depth == 0 or isinstance(value, (Tensor, nn.Module)):
+            raise _Unwatchable
+        if kind is types.FunctionType:
+            if value.__closure__ or any(type(value.__globals__.get(name)) in ATOMS for name in value.__code__.co_names):
+                raise _Unwatchable
+            self._watch(value.__defaults__, depth - 1)
+            return
+        if kind not in (tuple, list, dict) and not hasattr(value, "__dict__"):
+            raise _Unwatchable
+        container = value if kind in (tuple, list, dict) else value.__dict__
+        held = _held(container)
+        if kind is not tuple:
+            self._watched.append((container, held))
+        elif len(held) > LONG:
+            raise _Unwatchable
+        for item in held:
+            self._watch(item, depth - 1)
+
+    def recall(self) -> tuple[list[Node], list[Tensor]] | None:
+        """The nodes and the tensors, if the tree is as it was."""
+        nodes, tensors = [], []
+        for ref, cls, path, places, children, keys, values, parameters, buffers, modules in self._parts:
+            module = ref()
+            if type(module) is not cls:
+                return None
+            fields = module.__dict__
+            if not _same(fields.values(), values) or tuple(fields) != keys:
+                return None
+            if any([fields[hooks] for hooks in HOOKS]) or not _same(fields["_modules"].values(), modules):
+                return None
+            for store, expected in ((fields["_parameters"], parameters), (fields["_buffers"], buffers)):
+                if [key for key, tensor in store.items() if tensor is not None] != expected:
+                    return None
+                tensors += [store[key] for key in expected]
+            node = Node(module, 0, path)
+            node.tensors, node.children = places, children
+            nodes.append(node)
+        if len(set(map(id, tensors))) != len(tensors):
+            return None
+        for container, held in self._watched:
+            if not _same(_held(container), held):
+                return None
+        return nodes, tensors
+
+
+_memories: dict[int, Memory] = {}
+
+
+def remembered(module: nn.Module) -> Memory | None:
+    """The memory of the tree of ``module``."""
+    memory = _memories.get(id(module))
+    return None if memory is None or memory.root() is not module else memory
+
+
+def remember(module: nn.Module, nodes: list[Node], entries: list[Entry], *about: Any) -> Memory | None:
+    """Remembers the tree of ``module``, if no change of it could go unseen."""
+    _memories.pop(id(module), None)
+    alias = any(len(entry.places) > 1 or entry.store == ATTRIBUTE for entry in entries)
+    if alias or len({id(node.module) for node in nodes}) != len(nodes):
+        return None
+    try:
+        _memories[id(module)] = memory = Memory(module, nodes, entries, *about)
+    except _Unwatchable:
+        return None
+    return memory
+
+
+def _held(container: Any) -> tuple[Any, ...]:
+    return tuple(container.values() if isinstance(container, dict) else container)
+
+
+def _same(some: Any, others: tuple[Any, ...]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
