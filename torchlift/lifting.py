@@ -99,8 +99,10 @@ def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[
         return functools.wraps(target)(functools.partial(lifted, target.__self__))
 
     label = transform.label(target)
+    # Dynamo knows no __dict__ of a partial; there is hardly ever anything in it.
+    updated = () if isinstance(target, functools.partial) else functools.WRAPPER_UPDATES
 
-    @functools.wraps(target)
+    @functools.wraps(target, updated=updated)
     def lifted_function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(module, nn.Module):
             raise TransformTargetError(

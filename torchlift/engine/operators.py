@@ -148,7 +148,10 @@ class _Shapes(torch.fx.Interpreter):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return torch.empty_like(value, device=value.device) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        # From its form alone: Dynamo's fakes take no real tensor beside them.
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _fake_forward(tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:

@@ -37,8 +37,9 @@ Annotate = Callable[[Policy | None], AbstractContextManager[Any]]
 
 
 class _State(threading.local):
-    recomputing: bool = False
-    inline: Annotate | None = None  # set inside inline_remat
+    def __init__(self) -> None:  # in the instance: Dynamo's guards take a class attribute that is set for a new one
+        self.recomputing = False
+        self.inline: Annotate | None = None  # set inside inline_remat
 
 
 _state = _State()

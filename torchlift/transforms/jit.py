@@ -87,7 +87,9 @@ class _Jit(Transform):
         try:
             out, sown = run(module, left, given, bool(context.captures))
         except _compat.capture_errors() as error:
-            if _compat.comes_from_the_body(error):
+            # A refusal inside is one of compiled code: the plain body would do its work.
+            refused = UnsupportedError.__name__ in str(error.__cause__)
+            if _compat.comes_from_the_body(error) and not refused:
                 self._inline(fn, module, args, kwargs, label, inside, publish=False)  # raises as the body does
             raise UnsupportedError(
                 f"{label}: the body cannot be captured as one graph; rewrite what is named below, or pass "

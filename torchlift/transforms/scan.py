@@ -11,12 +11,12 @@ from torch import nn
 
 from torchlift import _tree, fingerprint, stacking
 from torchlift.engine.loop import Body
-from torchlift.errors import AxisError, TransformTargetError
+from torchlift.errors import AxisError, TransformTargetError, UnsupportedError
 from torchlift.filters import Filter
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.transforms.compiling import fleshed, register, skeleton
-from torchlift.transforms.iterations import Iterations, broadcast
+from torchlift.transforms.iterations import Iterations, broadcast, warn_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +127,22 @@ class _Remat_scan(_Loop):
 def _register(
     config: Any, fn: Any, module: nn.Module, args: Any, kwargs: Any, label: str, inside: Any, policy: Any
 ) -> str:
-    """Called while Dynamo traces, with the real module: the key of the loop's body in a graph around it."""
+    """Called while Dynamo traces, with the real module: the key of the loop's body in a graph around it.
+
+    It is empty if it cannot be told what the body depends on.
+    """
 
     def make(module: nn.Module) -> Iterations:
         return config.iterations(fn, module, fleshed(args), fleshed(kwargs), label, inside, lengths=(1,))
 
     iterations = make(module)
-    key = fingerprint.digest(
-        (fingerprint.of_packed(iterations.packed), fingerprint.of_value(iterations.transform), policy)
-    )
+    try:
+        key = fingerprint.digest(
+            (fingerprint.of_packed(iterations.packed), fingerprint.of_value(iterations.transform), policy)
+        )
+    except UnsupportedError as error:
+        warn_plain(label, error)
+        return ""
     return register(key, module, lambda module: Body(make(module).body, key, label), policy)
 
 

@@ -143,7 +143,9 @@ class _While:
             steps += 1
             if max_steps is None and _compat.is_tracing():
                 if _compat.is_recording():
-                    raise CaptureError(f"{self.label}: a loop without max_steps= cannot be recorded in a graph")
+                    raise CaptureError(
+                        f"{self.label}: a loop without bound cannot be recorded in a graph; pass max_steps="
+                    )
                 break  # on fake tensors: shapes are as after one iteration
         return self.finish(operands, rows)
 
