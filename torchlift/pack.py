@@ -165,7 +165,7 @@ class Packed(Collected):
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)
         before = [(list(shadow.__dict__), list(shadow.__dict__.values())) for shadow in shadows]
-        held = [(at, key, held_in(shadows[at].__dict__.get(key))) for at, key in self.containers]
+        held = [(at, key, value := shadows[at].__dict__.get(key), held_in(value)) for at, key in self.containers]
         frames = self.context["captures"]
         frame = Capture(_AnyOf(frames))
         drawn = self._draws_refused()
@@ -302,15 +302,17 @@ class Packed(Collected):
                 )
 
     def _check_containers(
-        self, held: Sequence[tuple[int, str, list[Held]]], shadows: Sequence[nn.Module],
+        self, held: Sequence[tuple[int, str, Any, list[Held]]], shadows: Sequence[nn.Module],
         error: BaseException | None = None,
     ) -> None:  # fmt: skip
         """As for attributes; takes out of plain lists and dicts what was put into them, after an ``error`` too."""
-        for at, key, containers in held:
+        for at, key, value, containers in held:
             node, fields = self.nodes[at], shadows[at].__dict__
             # One with slots was made for this run. torch's recurrent layers keep their weights in a list besides, and
-            # put into it what is put in their place.
+            # put what takes their place into it, or make a new list, which counts as an attribute.
             own = any(key == name for name, _ in node.attributes)
+            if own and fields.get(key) is not value:
+                continue
             replaced = [*fields["_parameters"].values(), *fields["_buffers"].values()] if own else []
             for container in containers:
                 if any(all(tensor is not known for known in replaced) for tensor in tensors_in(container.added())):
