@@ -1,8 +1,15 @@
 """Content keys: equal for equal bodies, and different for bodies that differ in anything that is not a tensor."""
 
-from torch import nn
+import functools
 
-from torchlift import checkpoint_policies, fingerprint, remat, vmap
+import pytest
+import torch
+from torch import nn
+from ways import AOT
+
+from torchlift import checkpoint_policies, fingerprint, remat, scan, vmap
+from torchlift.engine.run import last_report
+from torchlift.errors import TorchliftCompileWarning, UnsupportedError
 
 
 def scaled(factor):
@@ -21,3 +28,80 @@ def test_digests_tell_apart_classes_of_one_source():
     dots = remat(nn.Linear, policy=checkpoint_policies.dots_saveable)
     assert fingerprint.digest(dots) != fingerprint.digest(remat(nn.Linear))
     assert fingerprint.digest(dots) == fingerprint.digest(remat(nn.Linear, policy=checkpoint_policies.dots_saveable))
+
+
+def nested(number, levels):
+    """Lambdas and partials in one another, ``number`` innermost."""
+    fn = lambda x: x * number
+    for level in range(levels):
+        fn = (lambda inner: lambda x: inner(x))(fn) if level % 2 else functools.partial(lambda f, *, x: f(x), fn)
+        fn = fn if level % 2 else (lambda inner: lambda x: inner(x=x))(fn)
+    return fn
+
+
+@pytest.mark.parametrize("levels", [0, 1, 7, 12])
+def test_closures_in_one_another_are_read_to_the_innermost(levels):
+    of = fingerprint.of_value
+    assert of(nested(2, levels)) == of(nested(2, levels)) != of(nested(3, levels))
+    assert hash(of(nested(2, levels))) == hash(of(nested(2, levels)))
+
+
+def recursive(number):
+    def fn(x, depth=3):
+        return x * number if depth == 0 else fn(x, depth - 1)
+
+    return fn
+
+
+def test_functions_that_call_themselves_have_a_content():
+    of = fingerprint.of_value
+    assert of(recursive(2)) == of(recursive(2)) != of(recursive(3))
+
+    def empty():
+        return later  # noqa: F821
+
+    assert of(empty) == of(empty)
+    later = recursive(2)
+    assert of(empty) == of(empty) != of(recursive)
+
+
+def test_defaults_of_keyword_arguments_count():
+    def make(number):
+        return lambda x, *, by=number: x * by
+
+    assert fingerprint.of_value(make(1)) == fingerprint.of_value(make(1)) != fingerprint.of_value(make(2))
+
+
+def test_what_occurs_often_is_read_once():
+    value = ["a"]
+    for _ in range(18):
+        value = [value, value]
+    with pytest.raises(UnsupportedError, match="of type list holds too much to see it change at each call"):
+        fingerprint.of_value([[number] for number in range(20_000)])
+    deep = "a"
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(UnsupportedError, match="of type list holds too much"):
+        fingerprint.of_value(deep)
+    reader = fingerprint._Reader()
+    reader.read(value)
+    assert len(reader.known) == 19
+
+
+def test_a_compiled_scan_takes_deeply_nested_closures():
+    module, x = nn.Linear(3, 3), torch.ones(3)
+    found = []
+    for number in (2, 3):
+        body = nested(number, 9)
+        run = scan(lambda m, c: (body(m(c)), None), length=2, compile=AOT)  # noqa: B023
+        found.append(run(module, x)[0])
+        assert last_report().path == "compiled"
+        torch.testing.assert_close(found[-1], module(module(x) * number) * number)
+
+
+def test_a_value_without_content_sends_the_loop_to_python():
+    module = nn.Linear(3, 3)
+    module.odd = bytearray(3)
+    with pytest.warns(TorchliftCompileWarning, match="a plain value of type bytearray cannot be compared by content"):
+        scan(lambda m, c: (m(c), None), length=2, compile=AOT)(module, torch.ones(3))
+    assert last_report().path == "plain"

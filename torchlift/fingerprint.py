@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import types
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from torchlift.pack import Packed
 from torchlift.variables import AT, class_of
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, range)
-_DEPTH = 6
+_DEPTH = 64  # values in one another
+_MOST = 10_000  # of one value: what is read at each call must be small
 
 
 def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
@@ -35,13 +36,13 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     """
     nodes = tuple(_of_node(node, skip) for node in packed.nodes)
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
-    return (_of_callable(packed.fn, _DEPTH), nodes, packed.inside, captures, tuple(packed.writable), packed.hidden)
+    return (of_value(packed.fn), nodes, packed.inside, captures, tuple(packed.writable), packed.hidden)
 
 
 def of_module(module: nn.Module) -> dict[str, Hashable]:
     """The plain attributes of one module by name, without those that hold tensors or modules."""
     return {
-        key: (type(value), value) if type(value) in SCALARS else of_value(value, _DEPTH)
+        key: (type(value), value) if type(value) in SCALARS else of_value(value)
         for key, value in module.__dict__.items()
         if key not in INTERNALS and key != AT and not isinstance(value, (Tensor, nn.Module))
     }
@@ -57,53 +58,74 @@ def _of_node(node: Node, skip: Sequence[str]) -> Hashable:
     )
 
 
-def of_value(value: Any, depth: int = _DEPTH) -> Hashable:
+def of_value(value: Any) -> Hashable:
     """A hashable stand-in for a value, equal for equal content."""
-    kind = type(value)
-    if kind in _ATOMS:
+    return _Reader().read(value)
+
+
+class _Reader:
+    """Reads a value once, however often it occurs in what is read, and whatever refers back to itself."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[Any, Hashable]] = {}  # with the values, whose ids are taken while they live
+        self.path: dict[int, int] = {}  # what is being read, outermost first
+
+    def read(self, value: Any) -> Hashable:
+        kind = type(value)
+        if kind in _ATOMS:
+            return (kind, value)
+        if isinstance(value, (Tensor, nn.Module)):
+            return f"{kind.__module__}.{kind.__qualname__}"  # tensors are inputs, modules have nodes of their own
+        if isinstance(value, type):
+            return value
+        at = id(value)
+        if at in self.known:
+            return self.known[at][1]
+        if at in self.path:
+            return ("itself", self.path[at])
+        if len(self.path) == _DEPTH or len(self.known) == _MOST:
+            raise UnsupportedError(
+                f"a plain value of type {kind.__name__} holds too much to see it change at each call"
+            )
+        self.path[at] = len(self.path)
+        try:
+            self.known[at] = value, self._content(value, kind)
+        finally:
+            del self.path[at]
+        return self.known[at][1]
+
+    def all(self, values: Iterable[Any]) -> tuple[Hashable, ...]:
+        return tuple([self.read(value) for value in values])
+
+    def _content(self, value: Any, kind: type) -> Hashable:
+        if isinstance(value, (list, tuple)):
+            return (kind, self.all(value))
+        if isinstance(value, Mapping):
+            return (kind, self.all(value), self.all(value.values()))
+        if isinstance(value, (set, frozenset)):
+            return (kind, frozenset(self.all(value)))
+        if isinstance(value, functools.partial):
+            return ("partial", self.all((value.func, value.args, value.keywords)))
+        if isinstance(value, types.MethodType):
+            return ("method", self.all((value.__func__, value.__self__)))
+        if isinstance(value, types.FunctionType):
+            parts = (value.__defaults__, value.__kwdefaults__, *map(_in_cell, value.__closure__ or ()))
+            return ("function", value.__code__, self.all(parts), _globals_of(value))
+        fields = getattr(value, "__dict__", None)
+        if fields and kind.__module__ != "builtins":
+            return (kind, tuple(fields), self.all(fields.values()))
+        try:
+            hash(value)
+        except TypeError:
+            raise UnsupportedError(f"a plain value of type {kind.__name__} cannot be compared by content") from None
         return (kind, value)
-    if isinstance(value, (Tensor, nn.Module)):
-        return f"{kind.__module__}.{kind.__qualname__}"  # tensors are inputs, modules have nodes of their own
-    if depth == 0:
-        raise UnsupportedError(f"a plain attribute of type {kind.__name__} is nested too deeply to see it change")
-    if isinstance(value, (list, tuple)):
-        return (kind, tuple(of_value(v, depth - 1) for v in value))
-    if isinstance(value, Mapping):
-        return (kind, tuple((of_value(k, depth - 1), of_value(v, depth - 1)) for k, v in value.items()))
-    if isinstance(value, (set, frozenset)):
-        return (kind, frozenset(of_value(v, depth - 1) for v in value))
-    if isinstance(value, type):
-        return value
-    if callable(value) and isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-        return _of_callable(value, depth - 1)
-    fields = getattr(value, "__dict__", None)
-    if fields and kind.__module__ != "builtins":
-        return (kind, tuple((k, of_value(v, depth - 1)) for k, v in fields.items()))
+
+
+def _in_cell(cell: Any) -> Any:
     try:
-        hash(value)
-    except TypeError:
-        raise UnsupportedError(f"a plain attribute of type {kind.__name__} cannot be compared by content") from None
-    return (kind, value)
-
-
-def _of_callable(fn: Any, depth: int) -> Hashable:
-    if depth <= 0:
-        return fn
-    if isinstance(fn, functools.partial):
-        return ("partial", _of_callable(fn.func, depth - 1), of_value((fn.args, fn.keywords), depth - 1))
-    if isinstance(fn, types.MethodType):
-        return ("method", _of_callable(fn.__func__, depth - 1), of_value(fn.__self__, depth - 1))
-    if not isinstance(fn, types.FunctionType):
-        return fn
-    cells = tuple(_of_cell(cell, depth - 1) for cell in fn.__closure__ or ())
-    return ("function", fn.__code__, cells, of_value(fn.__defaults__, depth - 1), _globals_of(fn))
-
-
-def _of_cell(cell: Any, depth: int) -> Hashable:
-    try:
-        return of_value(cell.cell_contents, depth)
-    except ValueError:  # not filled yet: a function that refers to itself
-        return "empty"
+        return cell.cell_contents
+    except ValueError:  # not filled yet: of a function that refers to one defined after it
+        return types.CellType
 
 
 def _globals_of(fn: types.FunctionType) -> Hashable:

@@ -227,7 +227,7 @@ class Iterations:
         else:
             key: Any = self.label
             try:
-                key = key if compile is False else (fingerprint.of_packed(packed), self.transform)
+                key = key if compile is False else (fingerprint.of_packed(packed), fingerprint.of_value(self.transform))
             except UnsupportedError as error:  # what the body depends on cannot be told
                 compile = False
                 warn_plain(self.label, error)
