@@ -39,6 +39,13 @@ class ScanLayers(nn.ModuleList):
         self.compile_options, self.unroll, self.scanned_attributes = compile, unroll, tuple(scanned_attributes)
         self.check()
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments that it was made with, but for the layers."""
+        return {
+            "remat": self.remat, "policy": self.policy, "every": self.every, "lengths": self.lengths,
+            "compile": self.compile_options, "unroll": self.unroll, "scanned_attributes": self.scanned_attributes,
+        }  # fmt: skip
+
     @property
     def label(self) -> str:
         """How errors name it."""
@@ -125,7 +132,7 @@ class _Call:
         try:
             if _compat.is_compiling():
                 trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
-                key = _register(layers, *trees)
+                key = _register(layers.settings(), *trees, *layers)
                 carry, found = opaque_run(
                     key, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options
                 )
@@ -178,16 +185,20 @@ def _call_layer(layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _register(layers: ScanLayers, x: Any, args: Any, kwargs: Any) -> str:
-    """Called while Dynamo traces, with the real layers: the key of their body in a graph around it."""
+def _register(settings: dict[str, Any], x: Any, args: Any, kwargs: Any, *modules: nn.Module) -> str:
+    """Called while Dynamo traces, with the real layers: the key of their body in a graph around it.
 
-    def make(layers: ScanLayers) -> _Call:
-        call = _Call(layers, fleshed(x), fleshed(args), fleshed(kwargs))
-        call.attributes = _attributes(call.packed[0], layers.scanned_attributes)
+    What holds the layers may have been made in the code that Dynamo traces, and is made again here.
+    """
+
+    def make(*modules: nn.Module) -> _Call:
+        call = _Call(ScanLayers(modules, **settings), fleshed(x), fleshed(args), fleshed(kwargs))
+        call.attributes = _attributes(call.packed[0], call.layers.scanned_attributes)
         return call
 
-    key = fingerprint.digest((make(layers).key(), layers.policy))
-    return register(key, layers, lambda layers: Body(make(layers).body, key, layers.label), layers.policy)
+    call, policy = make(*modules), settings["policy"]
+    key, label = fingerprint.digest((call.key(), policy)), call.layers.label
+    return register(key, modules, lambda *modules: Body(make(*modules).body, key, label), policy)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def fleshed(tree: Any) -> Any:
     return _tree.map_leaves(lambda leaf: torch.empty(()) if isinstance(leaf, str) and leaf == _TENSOR else leaf, tree)
 
 
-def register(key: str, owner: nn.Module, make: Callable[[Any], Body], policy: Any) -> str:
-    """Makes the body that ``make(owner)`` builds known to the engine under ``key``; returns ``key``."""
-    found = weakref.ref(owner)  # the engine keeps what it knows; it shall not keep the user's model
-    return register_body(key, lambda: make(found()), policy)
+def register(key: str, owners: Sequence[nn.Module], make: Callable[..., Body], policy: Any) -> str:
+    """Makes the body that ``make(*owners)`` builds known to the engine under ``key``; returns ``key``."""
+    found = [weakref.ref(owner) for owner in owners]  # the engine keeps what it knows; it shall not keep the model
+    return register_body(key, lambda: make(*[owner() for owner in found]), policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,17 +31,16 @@ from torchlift.transforms.compiling import constant, results, token
 from torchlift.variables import ATTRIBUTE
 
 
-class _Broadcast:
-    """The type of :data:`torchlift.broadcast`."""
+class _Broadcast(enum.Enum):
+    """The type of :data:`torchlift.broadcast`; of all things without a value, what Dynamo takes for a constant."""
+
+    BROADCAST = "broadcast"
 
     def __repr__(self) -> str:
         return "broadcast"
 
-    def __reduce__(self) -> str:
-        return "broadcast"
 
-
-broadcast = _Broadcast()
+broadcast = _Broadcast.BROADCAST
 _NUMBERS = (bool, int, float, complex)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class _Loop(Transform):
     variable_broadcast: Filter = False
     variable_carry: Filter = False
     split_rngs: Mapping[Any, bool] = field(default_factory=dict)
+
+    def kind(self) -> tuple[type, dict[str, Any]]:
+        """What it takes to make the transform again: its class and its settings."""
+        return type(self), {f.name: getattr(self, f.name) for f in fields(self)}
 
     def groups(self, label: str) -> Groups:
         return Groups(label, self.variable_axes, self.variable_broadcast, self.variable_carry, self.split_rngs)
@@ -66,7 +70,7 @@ class _Scan(_Loop):
             raise TransformTargetError(f"{label}: got no carry, expected a call (carry, *xs), with None for no carry")
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         carry, ys = iterations.loop(
-            lambda: _register(self, fn, module, skeleton(args), skeleton(kwargs), label, inside, None),
+            lambda: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None),
             reverse=self.reverse, unroll=self.unroll, compile=self.compile,
         )  # fmt: skip
         return carry, iterations.placed(ys, self.out_axes)
@@ -104,7 +108,7 @@ class _Remat_scan(_Loop):
             )
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         carry, _ = iterations.loop(
-            lambda: _register(self, fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy),
+            lambda: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy),
             remat=self.policy or True, lengths=self.lengths, compile=self.compile,
         )  # fmt: skip
         return carry
@@ -125,15 +129,17 @@ class _Remat_scan(_Loop):
 
 @torch.compiler.assume_constant_result
 def _register(
-    config: Any, fn: Any, module: nn.Module, args: Any, kwargs: Any, label: str, inside: Any, policy: Any
-) -> str:
+    cls: type[Any], settings: dict[str, Any], fn: Any, module: nn.Module, args: Any, kwargs: Any, label: str,
+    inside: Any, policy: Any,
+) -> str:  # fmt: skip
     """Called while Dynamo traces, with the real module: the key of the loop's body in a graph around it.
 
-    It is empty if it cannot be told what the body depends on.
+    It is empty if it cannot be told what the body depends on. The transform comes as its class and settings: one that
+    was made in the code that Dynamo traces does not exist yet.
     """
 
     def make(module: nn.Module) -> Iterations:
-        return config.iterations(fn, module, fleshed(args), fleshed(kwargs), label, inside, lengths=(1,))
+        return cls(**settings).iterations(fn, module, fleshed(args), fleshed(kwargs), label, inside, lengths=(1,))
 
     iterations = make(module)
     try:
@@ -143,7 +149,7 @@ def _register(
     except UnsupportedError as error:
         warn_plain(label, error)
         return ""
-    return register(key, module, lambda module: Body(make(module).body, key, label), policy)
+    return register(key, [module], lambda module: Body(make(module).body, key, label), policy)
 
 
 def scan(
