@@ -10,6 +10,7 @@ import torch
 from matrix.build import Lifted, Twin, arguments, compare, gradients, loss, outputs, tensors
 from matrix.modules import MODULES, B, D
 from matrix.twins import STATE, TRANSFORMS
+from nests import build, join, lifted_class, lifted_function, plain, stacked, state_and_grads
 from torch import nn
 
 import torchlift
@@ -33,7 +34,7 @@ def _small(float64):
 
 # Nested transforms ---------------------------------------------------------------------------------------------------
 
-KINDS = {"vmap": 2, "scan": 2, "remat": 1, "remat_scan": 2}  # and how many layers each runs
+KINDS = ("vmap", "scan", "remat", "remat_scan")
 PAIRS = pytest.mark.parametrize("kinds", [(outer, inner) for outer in KINDS for inner in KINDS], ids="-".join)
 
 
@@ -44,60 +45,6 @@ class Layer(nn.Module):
 
     def forward(self, x):
         return x + self.drop(self.norm(torch.tanh(self.lin(x))))
-
-
-def lifted_class(kind, cls):
-    """A class that maps x to x, lifted."""
-    if kind == "vmap":
-        return torchlift.vmap(cls, variable_axes={"params": 0}, axis_size=2)
-    if kind == "remat":
-        return torchlift.remat(cls)
-    if kind == "remat_scan":
-        return torchlift.remat_scan(cls, lengths=(2,), compile=False)
-
-    class Step(cls):
-        def forward(self, x):
-            return super().forward(x), None
-
-    class Scan(torchlift.scan(Step, variable_axes={"params": 0}, length=2, compile=False)):
-        def forward(self, x):
-            return super().forward(x)[0]
-
-    return Scan
-
-
-def lifted_function(kind, fn):
-    if kind == "vmap":
-        return torchlift.vmap(fn, variable_axes={"params": 0}, axis_size=2)
-    if kind == "remat":
-        return torchlift.remat(fn)
-    if kind == "remat_scan":
-        return torchlift.remat_scan(fn, lengths=(2,), compile=False)
-    scanned = torchlift.scan(lambda m, x: (fn(m, x), None), variable_axes={"params": 0}, length=2, compile=False)
-    return lambda m, x: scanned(m, x)[0]
-
-
-def plain(kinds, layers, x):
-    """The definition: ``layers`` is a list of lists."""
-    if not kinds:
-        return layers(x)
-    if kinds[0] == "vmap":
-        return torch.stack([plain(kinds[1:], layer, row) for layer, row in zip(layers, x, strict=True)])
-    for layer in layers:
-        x = plain(kinds[1:], layer, x)
-    return x
-
-
-def build(kinds, make, join):
-    return join(kinds[0], [build(kinds[1:], make, join) for _ in range(KINDS[kinds[0]])]) if kinds else make()
-
-
-def stacked(kinds, layers, read):
-    """What ``read`` finds in each layer, in the layout of the nested transforms."""
-    if not kinds:
-        return read(layers)
-    found = [stacked(kinds[1:], layer, read) for layer in layers]
-    return found[0] if kinds[0] == "remat" else {name: torch.stack([f[name] for f in found]) for name in found[0]}
 
 
 def nested(kinds, form):
@@ -115,13 +62,8 @@ def nested(kinds, form):
     call = lambda m, x: m(x)
     for kind in reversed(kinds):
         call = lifted_function(kind, call)
-    join = lambda kind, found: found[0] if kind == "remat" else torchlift.stack_modules(found)
     module = build(kinds, lambda: Layer(drop), join)
     return module, lambda x: call(module, x), layers
-
-
-def state_and_grads(module):
-    return dict(module.named_buffers()) | {f"grad of {name}": p.grad for name, p in module.named_parameters()}
 
 
 @PAIRS

@@ -144,7 +144,7 @@ class _While:
             if max_steps is None and _compat.is_tracing():
                 if _compat.is_recording():
                     raise CaptureError(
-                        f"{self.label}: a loop without bound cannot be recorded in a graph; pass max_steps="
+                        f"{self.label}: a loop without max_steps= cannot be recorded in a graph; pass max_steps="
                     )
                 break  # on fake tensors: shapes are as after one iteration
         return self.finish(operands, rows)
