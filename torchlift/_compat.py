@@ -541,6 +541,15 @@ def comes_from_the_body(error: BaseException) -> bool:
     return isinstance(error.__cause__, ObservedException)
 
 
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """What to write into for ``tensor``, an input of a graph or a leaf, to be changed.
+
+    NOTE [Scalars]. AOTAutograd (torch 2.13) takes an input of float64 without dimensions for a Python float and loses
+    what is written into it, but not what is written into another tensor of the same memory.
+    """
+    return tensor.detach() if is_compiling() and tensor.ndim == 0 and tensor.dtype == torch.float64 else tensor
+
+
 def all_equal(stack: torch.Tensor) -> bool:
     """Whether all slices of ``stack`` along axis 0 are equal; nan equals nan."""
     while torch._C._functorch.is_functorch_wrapped_tensor(stack):

@@ -371,8 +371,9 @@ class Packed(Collected):
                 owner.register_buffer(change.key, value)
                 assign_collection(owner, change.key, change.collection)
         elif change.how == "copy" or isinstance(tensors[change.key], nn.Parameter):
+            target = tensors[change.key]
             with contextlib.nullcontext() if self.nested else torch.no_grad():
-                tensors[change.key].copy_(value)
+                (target if self.nested else _compat.writable(target)).copy_(value)
         else:
             tensors[change.key] = value
 

@@ -130,7 +130,7 @@ class Variable:
         if isinstance(store[self.name], nn.Parameter):
             # Rebinding would leave the optimizer with a tensor that the module no longer uses.
             with torch.no_grad():
-                store[self.name].copy_(value)
+                _compat.writable(store[self.name]).copy_(value)
         else:
             store[self.name] = value
 

@@ -178,8 +178,12 @@ def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[...,
         kwargs = {**kwargs, **{name: value for name, value in static.items() if isinstance(name, str)}}
         roots = _roots(module, args, kwargs)
         frame = _Frame(roots, context.captures)
+        aliases = [] if AT in module.__dict__ else _aliased_scalars(roots)
         with entered(captures=(frame,) if captures else ()):
             out = fn(module, *args, **kwargs)
+        for owner, key, given, alias in aliases:
+            if owner._buffers.get(key) is alias:
+                owner._buffers[key] = given
         if AT not in module.__dict__:
             for root in roots:
                 for owner in root.modules():
@@ -189,6 +193,18 @@ def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[...,
         return out, frame.values
 
     return jit
+
+
+def _aliased_scalars(roots: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Puts aliases in the place of the buffers that torch.compile would lose writes into."""
+    found = []
+    for owner in [module for root in roots for module in root.modules()]:
+        for key, tensor in owner._buffers.items():
+            if tensor is not None and (alias := _compat.writable(tensor)) is not tensor:
+                found.append((owner, key, tensor, alias))
+    for owner, key, _, alias in found:
+        owner._buffers[key] = alias
+    return found
 
 
 class _Frame(Capture):
