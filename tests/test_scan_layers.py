@@ -207,3 +207,58 @@ def test_a_failing_layer_leaves_everything_as_it_was() -> None:
         scanned(torch.randn(5, 4), torch.ones(5, 1))
     for key, value in scanned.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+class Stateful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.drop(self.norm(x))
+
+
+def fails(*_):
+    raise ZeroDivisionError("mine")
+
+
+DIRECTLY = {
+    "hooks": lambda layers: None,
+    "a shared buffer": lambda layers: setattr(layers[0], "calls", layers[1].calls),
+    "mixed modes": lambda layers: layers[1].eval(),
+}
+
+
+@pytest.mark.parametrize("why", DIRECTLY)
+def test_layers_called_directly_publish_nothing_when_one_raises(why):
+    layers = [Stateful() for _ in range(3)]
+    DIRECTLY[why](layers)
+    handle = layers[2].register_forward_hook(fails)
+    run = torchlift.scan_layers(layers)
+    before = {name: (t, t.clone()) for name, t in run.named_buffers(remove_duplicate=False)}
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        run(torch.randn(5, 4))
+    for name, t in run.named_buffers(remove_duplicate=False):
+        assert t is before[name][0] and torch.equal(t, before[name][1])
+    handle.remove()
+    run(torch.randn(5, 4))
+    assert layers[0].calls == 1 and layers[0].norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["plain", "compiled"])
+def test_layers_that_run_again_one_by_one_draw_as_a_loop_does(compile):
+    class Widening(nn.Module):
+        def forward(self, x):
+            return torch.cat([nn.functional.dropout(x), x])
+
+    layers, x = [Widening() for _ in range(3)], torch.ones(4)
+    torch.manual_seed(5)
+    with pytest.warns(TorchliftCompileWarning, match="runs layer by layer"):
+        got = torchlift.scan_layers(layers, compile=compile)(x)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    for layer in layers:
+        x = layer(x)
+    assert torch.equal(got, x) and torch.equal(after, torch.get_rng_state())

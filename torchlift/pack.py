@@ -140,6 +140,20 @@ class Packed(Collected):
                 tensors[index] = tensors[index].clone()
         return tensors
 
+    def put_back(self, values: Sequence[Tensor]) -> None:
+        """Makes the real modules hold the buffers that they held when ``values``, their snapshot, was taken."""
+        unknown = _compat.functorch_active()
+        for node in self.nodes:
+            buffers = node.module.__dict__["_buffers"]
+            found = {key: self.tensors[index] for store, key, index in node.tensors if store == "_buffers"}
+            for key in [key for key in buffers if key not in found and buffers[key] is not None]:
+                del buffers[key]
+            buffers.update(found)
+        with torch.no_grad():
+            for index in self.buffers:
+                if self.writable[index] and (unknown or not torch.equal(self.tensors[index], values[index])):
+                    self.tensors[index].copy_(values[index])
+
     # Pure ------------------------------------------------------------------------------------------------------------
 
     def pure(

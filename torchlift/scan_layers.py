@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchlift import _compat, _tree, fingerprint
+from torchlift import _compat, _tree, fingerprint, rng
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import Report, record, run
@@ -111,7 +111,18 @@ class _Call:
         return False
 
     def plain(self) -> Any:
-        """The definition."""
+        """The definition; when a layer raises, what those before it changed is put back."""
+        if _compat.is_compiling() or self.packed[0].nested:
+            return self._in_order()
+        before = [(packed, packed.snapshot()) for packed in self.packed]
+        try:
+            return self._in_order()
+        except BaseException:
+            for packed, values in before:
+                packed.put_back(values)
+            raise
+
+    def _in_order(self) -> Any:
         out: Any = None
         x = self.x
         for layer in self.layers:
@@ -129,6 +140,7 @@ class _Call:
         ]
         options = {"unroll": layers.unroll, "remat": self.remat, "lengths": layers.lengths, "every": layers.every}
         consts = [constant(leaf) for leaf in first.leaves[len(self.carry) :]]
+        states = None if _compat.is_compiling() else (rng.default_states(), rng.positions())
         try:
             if _compat.is_compiling():
                 trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
@@ -148,6 +160,9 @@ class _Call:
                 )
         except CarryError as error:
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
+            if states is not None:  # what the first layers drew is drawn again
+                rng.write_states(states[0])
+                rng.rewind(states[1])
             return self.plain()
         assert isinstance(found, list)
         ys = [(*y[:3], results[y[3]] if isinstance(y[3], str) else y[3]) for y in found]
