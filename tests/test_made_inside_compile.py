@@ -103,3 +103,15 @@ def test_a_body_without_ys_is_compiled_alone_and_in_a_graph(backend):
         torch.testing.assert_close(carry, thrice(module, x), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(torch.autograd.grad(carry.sum(), x)[0], expected, rtol=1e-12, atol=1e-12)
     assert last_report().path == "compiled"
+
+
+def test_a_draw_that_is_refused_is_refused_when_the_graph_is_traced():
+    module, x = nn.Dropout(), torch.ones(4)
+    run = scan(lambda m, c: (m(c), None), length=3, compile=AOT)
+    for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        with pytest.raises(Exception, match=r"drew from the random stream 'dropout'; .*split_rngs=\{'dropout': True\}"):
+            call(module, x)
+    module.eval()
+    torch.compile(run, backend="aot_eager", fullgraph=True)(module, x)
+    split = scan(lambda m, c: (m(c), None), length=3, split_rngs={"dropout": True}, compile=AOT)
+    torch.compile(split, backend="aot_eager", fullgraph=True)(module.train(), x)

@@ -27,7 +27,7 @@ from torchlift.engine.loop import Body, Stacked, Tree, Xs, plain_run
 from torchlift.engine.operators import OpaqueLoop, laid_out
 from torchlift.engine.structure import decode, encode, mutable
 from torchlift.engine.trees import split
-from torchlift.errors import TorchliftCompileWarning
+from torchlift.errors import RandomnessError, TorchliftCompileWarning
 
 _bodies: dict[str, tuple[Callable[[], Body], Any]] = {}  # what makes a body, and its remat policy
 _sites = itertools.count()
@@ -69,8 +69,11 @@ def opaque_run(
     lengths: Sequence[int] | None = None,
     every: int = 1,
     compile: bool | dict[str, Any] = True,
+    refused: str | None = None,
 ) -> tuple[Tree, Xs]:
     """:func:`torchlift.engine.run.run` for code that Dynamo traces; ``key`` is that of :func:`register_body`.
+
+    ``refused``, if given, is the message of the error that a body raises if it draws.
 
     Trees are of dicts, lists, tuples and named tuples. Of a policy given as ``remat`` only that it is there counts;
     the one that was registered with the body is used.
@@ -87,7 +90,7 @@ def opaque_run(
         ("every", every),
     )
     # As they are: Dynamo is slow at taking trees of a thousand parameters apart.
-    outs = _in_graph(key, site, length, stacked, options, _backend(compile), consts, carry, tree)
+    outs = _in_graph(key, site, length, stacked, options, _backend(compile), refused, consts, carry, tree)
     carry_structure, y_structures = _y_structure(site)
     at = iter(outs)
     carry = decode(carry_structure, at)
@@ -105,8 +108,9 @@ def _backend(compile: bool | dict[str, Any]) -> Any:
 
 @_compat.allow_in_graph
 def _in_graph(
-    key: str, site: int, length: int, stacked: bool, options: Options, backend: Any, consts: Tree, carry: Tree, xs: Tree
-) -> list[torch.Tensor]:
+    key: str, site: int, length: int, stacked: bool, options: Options, backend: Any, refused: str | None,
+    consts: Tree, carry: Tree, xs: Tree,
+) -> list[torch.Tensor]:  # fmt: skip
     factory, policy = _bodies[key]
     body = factory()
     consts, carry, xs = mutable((consts, carry, xs))
@@ -135,6 +139,8 @@ def _in_graph(
         settings.pop("unroll")
         out = plain_run(body, consts, carry, Stacked(xs) if stacked else xs, length, **settings)
         return _publish(site, *out)
+    if refused is not None and handle.program.random:
+        raise RandomnessError(refused)
     tensors = laid_out(handle, tensors)
     if handle.spec.train:
         outs = list(OpaqueLoop.apply(handle, site, *tensors))

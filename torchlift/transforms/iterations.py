@@ -220,7 +220,10 @@ class Iterations:
         if _compat.is_compiling():
             known = "" if compile is False or packed.nested or length == 0 else register()
             if known:
-                (state, leaves), ys = opaque_run(known, consts, carry, xs, length, compile=compile, **options)
+                refused = dict(packed.refused).get(rng.DROPOUT)
+                (state, leaves), ys = opaque_run(
+                    known, consts, carry, xs, length, compile=compile, refused=refused, **options
+                )
             else:
                 body = loop.Body(self.body, self.label, self.label)
                 (state, leaves), ys = loop.plain_run(body, consts, carry, xs, length, **_plain_options(options))
