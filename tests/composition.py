@@ -27,25 +27,39 @@ class Layer(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D))
+        torchlift.variable(self, "state", "seen", torch.zeros, D)
 
 
 @dataclass
 class Plain:
-    """The parameters of a module."""
+    """The variables of a module."""
 
     weight: torch.Tensor
     bias: torch.Tensor
+    state: dict[str, torch.Tensor]
     layers: list[Plain] = field(default_factory=list)
 
     @classmethod
     def of(cls, m):
-        return cls(m.weight, m.bias, [cls.of(layer) for layer in getattr(m, "layers", ())])
+        return cls(m.weight, m.bias, {"seen": m.seen.clone()}, [cls.of(layer) for layer in getattr(m, "layers", ())])
 
     def map(self, fn):
-        return Plain(fn(self.weight), fn(self.bias), [layer.map(fn) for layer in self.layers])
+        """With other parameters and the same state."""
+        return Plain(fn(self.weight), fn(self.bias), self.state, [layer.map(fn) for layer in self.layers])
+
+    @property
+    def seen(self):
+        return self.state["seen"]
+
+    @seen.setter
+    def seen(self, value):
+        self.state["seen"] = value
 
     def leaves(self):
         return [self.weight, self.bias, *(p for layer in self.layers for p in layer.leaves())]
+
+    def states(self):
+        return [self.seen, *(seen for layer in self.layers for seen in layer.states())]
 
     def apart(self):
         """The same, none of which an earlier result was made from."""
@@ -54,6 +68,13 @@ class Plain:
 
 def body(m, x):
     return torch.tanh(m.weight @ x + m.bias)
+
+
+def stateful(m, x):
+    """The same with a state on which the next call depends: whoever runs it once too often is found out."""
+    y = torch.tanh(m.weight @ x + m.bias + m.seen)
+    m.seen = 0.5 * m.seen + y.detach()
+    return y
 
 
 # Derivatives, by torch.autograd ---------------------------------------------------------------------------------------
@@ -106,9 +127,10 @@ def by_jvp_twin(f, m, x):
     return out + pushed(out, [x, m.weight], [x.cos(), m.weight.sin()])
 
 
-def by_gradient_twin(f, m, x):
+def by_value_and_grad_twin(f, m, x):
     x = x.view_as(x)
-    return pulled(loss(f)(m, x), [x], None)[0]
+    value = loss(f)(m, x)
+    return value, pulled(value, [x], None)[0]
 
 
 def by_value_and_grad(f, m, x):
@@ -145,7 +167,7 @@ def by_while(f, **options):
     def step(m, carry):
         return carry[0] + 1, f(m, carry[1]) + 0.5
 
-    return lambda m, x: torchlift.while_loop(far, step, m, (torch.tensor(0), x), **options)[1]
+    return lambda m, x: torchlift.while_loop(far, step, m, (torch.tensor(0), x), "state", **options)[1]
 
 
 def by_while_twin(f, m, x):
@@ -165,12 +187,14 @@ class Function:
 
 def scanned(f, compile):
     step = lambda m, carry, x: (f(m, carry) + x, None)
-    loop = torchlift.scan(step, variable_broadcast="params", compile=compile)
+    loop = torchlift.scan(step, variable_broadcast="params", variable_carry="state", compile=compile)
     return lambda m, x: loop(m, x, two(x))[0]
 
 
 def remat_scanned(f, compile):
-    return torchlift.remat_scan(f, lengths=(2,), variable_axes={}, variable_broadcast="params", compile=compile)
+    return torchlift.remat_scan(
+        f, lengths=(2,), variable_axes={}, variable_broadcast="params", variable_carry="state", compile=compile
+    )
 
 
 through = lambda f, m, x: f(m, x)
@@ -191,10 +215,12 @@ FUNCTIONS = {
     ),
     "vjp": Function(lambda f: functools.partial(by_vjp, f), by_vjp_twin),
     "jvp": Function(lambda f: functools.partial(by_jvp, f), by_jvp_twin),
-    "grad": Function(lambda f: lambda m, x: torchlift.grad(loss(f), m, x)[0], by_gradient_twin),
+    "grad": Function(
+        lambda f: lambda m, x: torchlift.grad(loss(f), m, x)[0], lambda f, m, x: by_value_and_grad_twin(f, m, x)[1]
+    ),
     "value_and_grad": Function(
         lambda f: functools.partial(by_value_and_grad, f),
-        lambda f, m, x: loss(f)(m, x) + by_gradient_twin(f, m, x),
+        lambda f, m, x: sum(by_value_and_grad_twin(f, m, x)),
     ),
     "custom_vjp": Function(twice, twice_twin),
     "cond": Function(
@@ -236,7 +262,7 @@ def _with_layers(cls, f):
     return Outer
 
 
-def plain(names: tuple[str, ...]):
+def plain(names: tuple[str, ...], body=body):
     """The twin: a function of ``(Plain, x)``."""
     f = body
     for name in reversed(names):

@@ -18,6 +18,7 @@ from composition import (
     limits,
     plain,
     refusal_of,
+    stateful,
 )
 from torch import nn
 
@@ -45,10 +46,11 @@ def same(got, want):
 
 
 def check(run, twin, x, m):
-    """Values, and gradients of x and of all parameters."""
+    """Values, gradients of x and of all parameters, and the new state."""
     x, p = x.clone().requires_grad_(), Plain.of(m)
     got, want = run(m, x), twin(p, x)
     same(got, want)
+    same(Plain.of(m).states(), p.states())
     inputs = [x, *p.leaves()]
     got, want = (torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True) for out in (got, want))
     same(got, want)
@@ -63,11 +65,11 @@ def running(m, x):
 
 def check_refused(refusal, error, run, m):
     RAN.clear()
-    before = {name: p.clone() for name, p in m.named_parameters()}
+    before = {name: p.clone() for name, p in m.state_dict().items()}
     with pytest.raises(error, match=refusal.match):
         run(m, X[0].clone().requires_grad_())
     assert not RAN
-    same(dict(m.named_parameters()), before)
+    same(dict(m.state_dict()), before)
 
 
 def param(cell):
@@ -81,14 +83,16 @@ def around(outer, inner, body):
     if outer in OUTSIDE:
         run, twin = OUTSIDE[outer]
         m, g = lifted((inner,), body)
-        return m, functools.partial(run, g), functools.partial(twin, plain((inner,)))
-    return *lifted((outer, inner), body), plain((outer, inner))
+        return m, functools.partial(run, g), functools.partial(twin, plain((inner,), body))
+    return *lifted((outer, inner), body), plain((outer, inner), body)
 
 
 @pytest.mark.parametrize(("outer", "inner", "compiled"), [param(cell) for cell in [*EAGER, *COMPILED]])
 def test_a_pair_equals_its_twin_or_is_refused(outer, inner, compiled):
     refusal = refusal_of(outer, inner, compiled)
-    m, run, twin = around(outer, inner, running if refusal else body)
+    # State that the indices of a map share cannot change; see the matrix and tests/nests.py for what each has of its own.
+    shared = outer in OUTSIDE or "vmap" in (outer, inner)
+    m, run, twin = around(outer, inner, running if refusal else body if shared else stateful)
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
     if refusal is None:
@@ -175,3 +179,29 @@ def test_remat_compiles_after_a_vjp_function_ran_again_in_a_compiled_backward():
         m, g = lifted((name,))
         run = torch.compile(g, fullgraph=True, backend="aot_eager")
         check(run, plain((name,)), x.detach(), m)
+
+
+def test_filters_and_axes_of_a_loop_in_compiled_code():
+    m, xs = lifted(())[0], X.clone()
+    options = dict(variable_broadcast="params", variable_axes={torchlift.DenyList("params"): torchlift.In(0)})
+    m.seen = torch.randn(3, 3)
+    step = lambda m, carry, x: (body(m, carry) + x + m.seen, None)
+    loop, plain_loop = (torchlift.scan(step, compile=compile, **options) for compile in (AOT, False))
+    run = torch.compile(lambda xs: loop(m, xs[0], xs)[0], fullgraph=True, backend="aot_eager")
+    same(run(xs), plain_loop(m, xs[0], xs)[0])
+
+
+def test_state_that_is_not_written_is_no_change_in_compiled_code():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3).eval()
+            self.register_buffer("scale", torch.ones(3))
+
+    read = lambda m, x: m.norm(x) * m.scale
+    choose = lambda m, x: torchlift.cond(x.sum() > 0, read, lambda m, x: -read(m, x), m, x)
+    m = Net()
+    x = torch.randn(2, 4, 3)
+    for inner in (torchlift.remat(read), choose, torchlift.jit(read)):
+        run = torchlift.vmap(inner)
+        same(torch.compile(run, fullgraph=True, backend="aot_eager")(m, x), run(m, x))

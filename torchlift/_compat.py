@@ -16,8 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
-from torchlift.errors import ModifyCollectionError
-
 
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jvp, functionalize) is in effect."""
@@ -608,11 +606,21 @@ foreach_add_ = torch._foreach_add_  # private by name, and what every optimizer 
 foreach_copy_ = torch._foreach_copy_
 
 
-def refuse_traced_write(tensor: torch.Tensor, message: str) -> None:
-    """While Dynamo traces: raises ModifyCollectionError with ``message`` if ``tensor``, a fresh clone, was written."""
-    torch._dynamo.comptime.comptime(_refuse_written)
+def was_written_in_trace(tensor: torch.Tensor) -> bool:
+    """While Dynamo traces: whether ``tensor``, a fresh clone, was written. Its fake tensors count writes."""
+    torch._dynamo.comptime.comptime(_look_for_writes)
+    return _writes_seen()
 
 
-def _refuse_written(trace: Any) -> None:
-    if version(trace.get_local("tensor").as_fake()) > 0:
-        raise ModifyCollectionError(trace.get_local("message").as_python_constant())
+_seen = [False]  # what was looked for last; Dynamo traces one frame at a time
+
+
+def _look_for_writes(trace: Any) -> None:
+    _seen[0] = version(trace.get_local("tensor").as_fake()) > 0
+
+
+def _writes_seen() -> bool:
+    return _seen[0]
+
+
+_writes_seen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it

@@ -256,12 +256,11 @@ class Packed(Collected):
     def _was_written(
         self, node: Node, key: str, index: int, given: Tensor, bound: Sequence[Tensor], versions: dict[int, int]
     ) -> bool:
-        if _compat.is_compiling():  # a version is not known while Dynamo traces: what may be written is taken to be
-            if not self.writable[index]:
-                _compat.refuse_traced_write(bound[index], self._read_only(node, key, index))
-            return self.writable[index]
         now, owner = bound[index], node.module
         cls: Any = type(owner)
+        if _compat.is_compiling():
+            batch_norm = self.writable[index] and owner.training and now.is_floating_point() and _calls_batch_norm(cls)
+            return batch_norm or _compat.was_written_in_trace(now)
         if _compat.version(now) != versions[index]:
             return True
         if not (owner.training and now.is_floating_point() and _calls_batch_norm(cls)):
@@ -409,7 +408,12 @@ class _AnyOf:
         return any(matches(capture.filter, name) for capture in self.captures)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo calls it, rather than trace it
 def _calls_batch_norm(cls: Any) -> bool:
+    return _names_batch_norm(cls)
+
+
+@functools.cache
+def _names_batch_norm(cls: Any) -> bool:
     codes = [value.__code__ for base in cls.__mro__ for value in vars(base).values() if hasattr(value, "__code__")]
     return any("batch_norm" in name for code in codes for name in code.co_names)

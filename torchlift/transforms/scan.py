@@ -12,7 +12,7 @@ from torch import nn
 from torchlift import _tree, fingerprint, stacking
 from torchlift.engine.loop import Body
 from torchlift.errors import AxisError, TransformTargetError, UnsupportedError
-from torchlift.filters import Filter
+from torchlift.filters import DenyList, Filter, In, Out
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.transforms.compiling import fleshed, register, skeleton
@@ -30,7 +30,7 @@ class _Loop(Transform):
 
     def kind(self) -> tuple[type, dict[str, Any]]:
         """What it takes to make the transform again: its class and its settings."""
-        return type(self), {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self), {f.name: _spelled(getattr(self, f.name)) for f in fields(self)}
 
     def groups(self, label: str) -> Groups:
         return Groups(label, self.variable_axes, self.variable_broadcast, self.variable_carry, self.split_rngs)
@@ -127,6 +127,24 @@ class _Remat_scan(_Loop):
         )  # fmt: skip
 
 
+# What Dynamo cannot hand to a function that it does not trace: frozen dataclasses inside of a dict.
+_SPELLED = (DenyList, In, Out)
+
+
+def _spelled(value: Any) -> Any:
+    """A setting with ``(class, field)`` for each filter and axis that is a dataclass."""
+    if isinstance(value, _SPELLED):
+        return type(value), _spelled(value.deny if isinstance(value, DenyList) else value.axis)
+    return {_spelled(k): _spelled(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _meant(value: Any) -> Any:
+    """The setting that :func:`_spelled` spelled."""
+    if isinstance(value, tuple) and len(value) == 2 and value[0] in _SPELLED:
+        return value[0](_meant(value[1]))
+    return {_meant(k): _meant(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 @torch.compiler.assume_constant_result
 def _register(
     cls: type[Any], settings: dict[str, Any], fn: Any, module: nn.Module, args: Any, kwargs: Any, label: str,
@@ -139,7 +157,9 @@ def _register(
     """
 
     def make(module: nn.Module) -> Iterations:
-        return cls(**settings).iterations(fn, module, fleshed(args), fleshed(kwargs), label, inside, lengths=(1,))
+        return cls(**_meant(settings)).iterations(
+            fn, module, fleshed(args), fleshed(kwargs), label, inside, lengths=(1,)
+        )
 
     iterations = make(module)
     try:
