@@ -159,3 +159,36 @@ def test_remat_in_a_loop_inside_torch_compile(outer):
         out.square().sum().backward()
         found.append((out, given.grad))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+class Sowing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        torchlift.sow(self, "intermediates", "hidden", self.linear(x))
+        return self.linear(x).tanh()
+
+
+def test_what_a_compiled_remat_sows_can_be_captured():
+    module, x = Sowing(), torch.randn(3, WIDTH, requires_grad=True)
+    run = lambda m, x: torchlift.apply(m, {}, x, method=remat(Sowing.forward), mutable=["intermediates"])
+    expected = run(module, x)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(module, x), expected, rtol=1e-12, atol=1e-12)
+    called = torch.compile(remat(Sowing.forward), backend="aot_eager", fullgraph=True)
+    with torchlift.capture("intermediates") as store:
+        out = called(module, x)
+    torch.testing.assert_close((out, store), expected, rtol=1e-12, atol=1e-12)
+    out.sum().backward()
+    assert x.grad.any()
+
+
+def test_a_capture_in_code_that_is_compiled_is_refused():
+    def run(m, x):
+        with torchlift.capture("intermediates"):
+            return m(x)
+
+    with pytest.raises(Exception, match="capture: opened in code that torch.compile traces, .*open it around"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(Sowing(), torch.randn(3, WIDTH))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat
 from torchlift._context import context, entered
-from torchlift.errors import VariableNameError
+from torchlift.errors import UnsupportedError, VariableNameError
 from torchlift.filters import Filter, check, matches
 
 PARAMS, BATCH_STATS, BUFFERS = "params", "batch_stats", "buffers"
@@ -316,6 +316,11 @@ def capture(*collections: str) -> Iterator[dict[str, dict[str, tuple[Any, ...]]]
         >>> store
         {}
     """
+    if _compat.is_compiling():
+        raise UnsupportedError(
+            "capture: opened in code that torch.compile traces, which cannot see the hooks that it needs; open it "
+            "around the compiled call, or take the values as outputs: torchlift.apply(module, {}, ..., mutable=[...])"
+        )
     check(collections or True, "capture()")
     frame = Capture(collections or True)
 

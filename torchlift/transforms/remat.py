@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from torchlift import _tree, rng
-from torchlift._context import entered
+from torchlift import _compat, _tree, rng
+from torchlift._context import context, entered
 from torchlift.engine.remat import checkpointed, is_recomputing
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
@@ -42,7 +42,11 @@ class _Remat(Transform):
             return flat, _Static(spec, update.meta)
 
         leaves = [packed.leaves[at] for at in packed.tensor_leaves]
-        flat, static = checkpointed(run, self.policy, name=label)(packed.snapshot(), leaves)
+        # Dynamo lets the body of a checkpoint change nothing around it: while someone captures what is sown, compiled
+        # code keeps the intermediate values.
+        captured = _compat.is_compiling() and context.captures
+        body = run if captured else checkpointed(run, self.policy, name=label)
+        flat, static = body(packed.snapshot(), leaves)
         out, changed, sown = _tree.unflatten(flat, static.spec)
         packed.publish(Update(changed, sown, static.meta))
         return out
