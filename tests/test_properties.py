@@ -317,3 +317,63 @@ def parameters(layers):
     if isinstance(layers, list):
         return [p for layer in layers for p in parameters(layer)]
     return list(layers.parameters())
+
+
+# Choices -------------------------------------------------------------------------------------------------------------
+
+
+class Keeper(nn.Module):
+    """Any number of states."""
+
+    def __init__(self, states):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+        for at in range(states):
+            torchlift.variable(self, "state", f"s{at}", lambda at=at: torch.full((4, 3), at + 1.0))
+
+
+def branch(sign, outputs, changed):
+    """A branch with this many outputs, which changes some of the states: in place, or bound anew."""
+
+    def run(m, x):
+        y = torch.sin(sign * m.weight * x)
+        for at in changed:
+            state = getattr(m, f"s{at}")
+            if at % 2:
+                state.mul_(sign * 2.0)
+            else:
+                setattr(m, f"s{at}", state + y.detach())
+        return [(at + 1) * y for at in range(outputs)]
+
+    return run
+
+
+@many(30)
+@given(data=st.data(), outputs=st.integers(0, 4), states=st.integers(0, 3), way=st.sampled_from(["cond", "switch"]))
+def test_every_output_and_state_is_selected_in_rows(data, outputs, states, way):
+    changed = [data.draw(st.sets(st.integers(0, states - 1) if states else st.nothing())) for _ in range(2)]
+    branches = [branch(1.0, outputs, changed[0]), branch(-0.5, outputs, changed[1])]
+    m, plain, x = Keeper(states), Keeper(states), torch.randn(4, 3, requires_grad=True)
+    plain.weight = m.weight
+
+    def choose(m, x):
+        if way == "cond":
+            return cond(x[0] > 0, branches[0], branches[1], m, x)
+        return switch((x[0] <= 0).long(), branches, m, x)
+
+    got = vmap(choose, {"params": None, "state": 0})(m, x)
+    want = [[] for _ in range(outputs)]
+    for at, row in enumerate(x.unbind()):
+        one = Keeper(states)
+        one.weight = m.weight
+        for name, state in plain.named_buffers():
+            setattr(one, name, state[at].clone())
+        for outs, out in zip(want, branches[int(row[0] <= 0)](one, row), strict=True):
+            outs.append(out)
+        for name, state in one.named_buffers():
+            getattr(plain, name)[at] = state
+    want = [torch.stack(outs) for outs in want]
+    close(got, want)
+    close(dict(m.named_buffers()), dict(plain.named_buffers()))
+    if outputs:
+        close(gradients(got, [x, m.weight]), gradients(want, [x, m.weight]))
