@@ -115,3 +115,19 @@ def test_a_draw_that_is_refused_is_refused_when_the_graph_is_traced():
     torch.compile(run, backend="aot_eager", fullgraph=True)(module, x)
     split = scan(lambda m, c: (m(c), None), length=3, split_rngs={"dropout": True}, compile=AOT)
     torch.compile(split, backend="aot_eager", fullgraph=True)(module.train(), x)
+
+
+INSIDE = {
+    "vmap": lambda m, x: torchlift.vmap(lambda m, x: m(x))(m, x),
+    "remat": lambda m, x: torchlift.remat(lambda m, x: m(x))(m, x),
+    "apply": lambda m, x: torchlift.apply(m, {}, x),
+    "scan": lambda m, x: scan(lambda m, c: (m(c), None), length=2, compile=AOT)(m, x)[0],
+}
+
+
+@pytest.mark.parametrize("outer", INSIDE)
+@pytest.mark.parametrize("inner", [torchlift.remat, torchlift.vmap, torchlift.jit], ids=lambda t: t.__name__)
+def test_an_instance_of_a_lifted_class_runs_inside_another_transform_in_compiled_code(inner, outer):
+    module, x = nn.Sequential(inner(Layer)(SIZE, SIZE)), torch.randn(SIZE, SIZE, SIZE, requires_grad=True)
+    compiled = torch.compile(INSIDE[outer], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(module, x), INSIDE[outer](module, x), rtol=1e-12, atol=1e-12)

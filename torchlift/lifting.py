@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -166,9 +167,18 @@ def _normalise(make: Callable[..., Transform], base: type, methods: Any) -> Mapp
     return dict(methods) if isinstance(methods, dict) else {method: {} for method in methods}
 
 
+# NOTE [Found by name]. Dynamo wraps what it finds in a global, but not what the method of a bound module, which it made
+# itself, has in a closure.
+_transforms: dict[str, Transform] = {}
+_numbers = itertools.count()
+
+
 def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> Callable[..., Any]:
     fn = inspect.getattr_static(base, method)
     label = transform.label(base)
+    name = str(next(_numbers))
+    _transforms[name] = transform
+    weakref.finalize(cls, _transforms.pop, name)
 
     @functools.wraps(fn)
     def lifted(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +186,7 @@ def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> 
         # overrides hold; marked, its lifted methods are the plain ones there, or they would lift themselves forever.
         if cls in self.__dict__.get(INSIDE, ()):
             return fn(self, *args, **kwargs)
-        return transform.call(fn, self, args, kwargs, label, cls)
+        return _transforms[name].call(fn, self, args, kwargs, label, cls)
 
     return lifted
 
