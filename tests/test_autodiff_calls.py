@@ -90,13 +90,14 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("name", DERIVATIVES)
-@pytest.mark.parametrize("compiled", [False, True])
+# Not the forward mode of batch_norm under Dynamo: torch fails an assertion of its own, and later compilations with it.
+WAYS = [(name, compiled) for name in DERIVATIVES for compiled in (False, True) if not (compiled and name == "jvp")]
+
+
+@pytest.mark.parametrize(("name", "compiled"), WAYS)
 def test_state_is_published_once(name, compiled):
     m, twin, x = Counter(), Counter(), data()
     running_mean = m.norm.running_mean
-    if compiled and name == "jvp":
-        pytest.skip("torch: forward mode of batch_norm fails under Dynamo")
     if compiled:
         torch.compile(DERIVATIVES[name], **FLAGS)(m, x)
     else:

@@ -26,16 +26,12 @@ from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Plan, Program, pieces_of
 from torchlift.engine.trees import Template
-from torchlift.errors import TorchliftError
+from torchlift.errors import ClosureError, TorchliftError
 
 Options = tuple[tuple[str, Any], ...]
 
 _prepared: dict[Any, Handle | str] = {}  # a string: why there is none
 _handles: dict[str, Handle] = {}  # never dropped: compiled graphs name them
-
-
-class OpaqueError(TorchliftError, RuntimeError):
-    """A loop cannot be part of a compiled graph."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
     )
     request, closures = settle(request)
     if closures:
-        raise OpaqueError(
+        raise ClosureError(
             f"{body.name}: the body reads a tensor of shape {tuple(closures[0].shape)} by a closure or an attribute, "
             "which a compiled graph around the loop would not see change; pass it as an argument or register a buffer"
         )

@@ -182,7 +182,7 @@ class _Region:
             write_states(self.draws)
             for kind, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, self.cache_casts))
-            stack.enter_context(_Recomputing())
+            stack.enter_context(Recomputing())
             if not self.foreign:
                 return self.split(self.call(tensors))
             closures = stack.enter_context(Closures(tensors, self.foreign, rest))
@@ -238,7 +238,7 @@ class _Region:
             self.outer = []
         self.watch = False
         write_states(self.draws)
-        with torch.no_grad(), inline_remat(), _Recomputing():
+        with torch.no_grad(), inline_remat(), Recomputing():
             # Aliases, so that an argument that the body also meets by a closure is told apart.
             given = [tensor.view_as(tensor) for tensor in tensors]
             self.foreign = find_closures(self.name, self.fn, self.call, given)
@@ -251,7 +251,7 @@ def _draws(devices: tuple[torch.device, ...]) -> States:
     return tuple((device, _compat.plain(state)) for device, state in read_states(devices))
 
 
-class _Recomputing:
+class Recomputing:
     """Marks a recomputation; with a replayer, hands back what the policy kept. Entered anew by each backward."""
 
     def __init__(self, replayer: Replayer | None = None) -> None:
@@ -292,9 +292,9 @@ def _with_hooks(call: _Call, operands: Tensors) -> Tensors:
 
     def contexts() -> tuple[Any, Any]:
         if call.region.policy is None:
-            return nullcontext(), _Recomputing()
+            return nullcontext(), Recomputing()
         tape = Tape()
-        return Recorder(tape, call.region.policy), _Recomputing(Replayer(tape))
+        return Recorder(tape, call.region.policy), Recomputing(Replayer(tape))
 
     try:
         out = checkpoint(body, *operands, use_reentrant=False, context_fn=contexts)

@@ -12,16 +12,6 @@ from torchlift._compat import pytree
 Tree = Any
 
 
-class _Slot:
-    """Stands in a template where a tensor goes."""
-
-    def __repr__(self) -> str:
-        return "<tensor>"
-
-
-SLOT = _Slot()
-
-
 @dataclass(frozen=True)
 class Template:
     """A pytree less its tensors: its structure and its other leaves, of which ``1`` and ``True`` are not equal."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchlift import _compat, _tree, rng
 from torchlift._context import entered
 from torchlift.engine.draws import States, devices_of, read_states, write_states
-from torchlift.engine.remat import _Recomputing
+from torchlift.engine.remat import Recomputing
 from torchlift.errors import DifferentiationError, FunctionTargetError, UnsupportedError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import is_module_class
@@ -206,7 +206,7 @@ class Call:
         operands = [x.detach() if at in statistics else x for at, x in enumerate(operands)]
         write_states(self.states)
         try:
-            with entered(streams=self.streams), _Recomputing():
+            with entered(streams=self.streams), Recomputing():
                 return self.run(operands, some)
         except RuntimeError as error:
             if "randomness error mode" not in str(error):
