@@ -94,12 +94,16 @@ def _method(module: nn.Module, method: Any) -> Callable[..., Any]:
 
 def _overridden(packed: Packed, variables: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
     """The tensor of each entry, those that are given instead of the module's own."""
-    places = {
-        (collection, name): at
-        for at, entry in enumerate(packed.entries)
-        if entry.root == 0
-        for name, collection in entry.paths
-    }
+    places = None if packed.memory is None else packed.memory.keys.get("places")
+    if places is None:
+        places = {
+            (collection, name): at
+            for at, entry in enumerate(packed.entries)
+            if entry.root == 0
+            for name, collection in entry.paths
+        }
+        if packed.memory is not None:
+            packed.memory.keys["places"] = places
     tensors = list(packed.tensors)
     for collection, named in variables.items():
         for name, tensor in named.items():

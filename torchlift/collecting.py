@@ -59,6 +59,9 @@ class Collected:
         self.label = label
         self.leaves, self._spec = _tree.flatten((args, kwargs))
         self.tensor_leaves = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self._collect(module)
+
+    def _collect(self, module: nn.Module) -> None:
         self.roots = [module]
         self._slots: list[Slot] | None = None  # None: the arguments hold no module; their leaves are what goes in
         given: list[nn.Module] = []

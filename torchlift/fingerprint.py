@@ -34,7 +34,10 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
 
     ``skip`` names plain attributes that are not part of it.
     """
-    nodes = tuple(_of_node(node, skip) for node in packed.nodes)
+    known = {} if packed.memory is None else packed.memory.keys
+    nodes = known.get(tuple(skip))
+    if nodes is None:
+        nodes = known[tuple(skip)] = tuple(_of_node(node, skip) for node in packed.nodes)
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     return (of_value(packed.fn), nodes, packed.inside, captures, tuple(packed.writable), packed.hidden)
 

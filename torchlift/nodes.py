@@ -88,15 +88,17 @@ class Memory:
 
     def __init__(self, root: nn.Module, nodes: list[Node], *about: Any):
         self.about = about  # the rest of what was found, which no call changes
-        self.keys: dict[Hashable, Hashable] = {}  # what fingerprint.py found of this tree
+        self.keys: dict[Hashable, Any] = {}  # what else was found out about this tree, by those who did
         self._watched: list[tuple[Any, tuple[Any, ...]]] = []  # of containers in attributes: what they held
+        self._hooks: list[dict[int, Any]] = []
         self._parts = [self._part(node) for node in nodes]
         key = id(root)
         self.root = weakref.ref(root, lambda _: _memories.pop(key, None))
 
     def _part(self, node: Node) -> tuple[Any, ...]:
         fields = node.module.__dict__
-        if any(fields[hooks] for hooks in HOOKS):
+        self._hooks += [fields[hooks] for hooks in HOOKS]
+        if any(self._hooks):
             raise _Unwatchable
         for key, value in fields.items():
             if key not in INTERNALS:
@@ -106,7 +108,8 @@ class Memory:
         )
         return (
             weakref.ref(node.module), type(node.module), node.path, node.tensors, node.children,
-            tuple(fields), tuple(fields.values()), parameters, buffers, tuple(fields["_modules"].values()),
+            tuple(fields), tuple(fields.values()), fields["_modules"], tuple(fields["_modules"].values()),
+            [(fields[store], keys) for store, keys in (("_parameters", parameters), ("_buffers", buffers))],
         )  # fmt: skip
 
     def _watch(self, value: Any, depth: int = 4) -> None:
@@ -133,20 +136,23 @@ class Memory:
 
     def recall(self) -> tuple[list[Node], list[Tensor]] | None:
         """The nodes and the tensors, if the tree is as it was."""
+        if any(self._hooks):
+            return None
         nodes, tensors = [], []
-        for ref, cls, path, places, children, keys, values, parameters, buffers, modules in self._parts:
+        for ref, cls, path, places, children, keys, values, modules, held, stores in self._parts:
             module = ref()
             if type(module) is not cls:
                 return None
             fields = module.__dict__
-            if not _same(fields.values(), values) or tuple(fields) != keys:
+            if tuple(fields) != keys or not all(map(operator.is_, fields.values(), values)):
                 return None
-            if any([fields[hooks] for hooks in HOOKS]) or not _same(fields["_modules"].values(), modules):
+            if (held or modules) and not _same(modules.values(), held):
                 return None
-            for store, expected in ((fields["_parameters"], parameters), (fields["_buffers"], buffers)):
-                if [key for key, tensor in store.items() if tensor is not None] != expected:
-                    return None
-                tensors += [store[key] for key in expected]
+            for store, expected in stores:  # which are those of the module: its fields are what they were
+                if store or expected:
+                    if [key for key, tensor in store.items() if tensor is not None] != expected:
+                        return None
+                    tensors += [store[key] for key in expected]
             node = Node(module, 0, path)
             node.tensors, node.children = places, children
             nodes.append(node)

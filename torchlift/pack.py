@@ -8,6 +8,7 @@ effect. *Publish* writes what changed back into the real modules. A transform sa
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -104,6 +105,13 @@ class Packed(Collected):
         self.writable = [False] * len(self.entries)
         self.hidden: frozenset[int] = frozenset()
 
+    def beside(self, module: nn.Module) -> Packed:
+        """The same call of another module, not bound where this one's is not."""
+        other = copy.copy(self)
+        other._collect(module)
+        other.writable = [False] * len(other.entries)
+        return other
+
     # Group -----------------------------------------------------------------------------------------------------------
 
     def group(self, role: Callable[[str], Any]) -> list[Any]:
@@ -124,7 +132,10 @@ class Packed(Collected):
 
     def allow(self, writable: Callable[[str], bool], how_to: Callable[[str], str]) -> None:
         """Says which collections a body may change, and what to add where it may not."""
-        self.writable = [entry.collection != ATTRIBUTE and writable(entry.collection) for entry in self.entries]
+        known = {entry.collection: False for entry in self.entries}
+        for collection in known:
+            known[collection] = collection != ATTRIBUTE and writable(collection)
+        self.writable = [known[entry.collection] for entry in self.entries]
         self._writable_collection, self._how_to_write = writable, how_to
 
     def refuse(self, streams: Sequence[str], how_to: Callable[[str], str] = _how_to_split) -> None:

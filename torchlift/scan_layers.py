@@ -13,6 +13,7 @@ from torchlift import _compat, _tree, fingerprint, rng
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import Report, record, run
+from torchlift.engine.trees import Parts, split
 from torchlift.errors import (
     CarryError,
     LayerMismatchError,
@@ -31,8 +32,8 @@ class ScanLayers(nn.ModuleList):
 
     def __init__(
         self, layers: Iterable[nn.Module], *, remat: bool = False, policy: Callable[..., Any] | None = None,
-        every: int = 1, lengths: Sequence[int] | None = None, compile: bool | dict[str, Any] = True, unroll: int = 1,
-        scanned_attributes: Sequence[str] = (),
+        every: int = 1, lengths: Sequence[int] | None = None, compile: bool | dict[str, Any] = True,
+        unroll: int | str = 1, scanned_attributes: Sequence[str] = (),
     ):  # fmt: skip
         super().__init__(layers)
         self.remat, self.policy, self.every, self.lengths = remat, policy, every, lengths
@@ -78,7 +79,8 @@ class _Call:
 
     def __init__(self, layers: ScanLayers, x: Any, args: Any, kwargs: Any):
         self.layers, self.x, self.args, self.kwargs = layers, x, args, kwargs
-        self.packed = [Packed(_call_layer, layer, (x, *args), kwargs, layers.label) for layer in layers]
+        first = Packed(_call_layer, layers[0], (x, *args), kwargs, layers.label)
+        self.packed = [first, *(first.beside(layer) for layer in list(layers)[1:])]
         for packed in self.packed:
             packed.allow(lambda collection: True, str)
         self.carry, self.carry_spec = _tree.flatten(x)
@@ -134,7 +136,7 @@ class _Call:
         layers, first = self.layers, self.packed[0]
         # What publish will write into is given as a copy: autograd keeps the inputs of every layer for backward.
         self.attributes = _attributes(first, layers.scanned_attributes)
-        xs = [
+        xs: list[Any] = [
             (packed.snapshot(), [packed.nodes[at].module.__dict__[key] for at, key in self.attributes])
             for packed in self.packed
         ]
@@ -151,7 +153,9 @@ class _Call:
             else:
                 compile, key = layers.compile_options, layers.label
                 try:
-                    key = key if compile is False else self.key()
+                    if compile is not False:
+                        key = self.key()
+                        xs = self._parts(xs)
                 except UnsupportedError as error:  # what the body depends on cannot be told
                     compile = False
                     warn(f"{layers.label} runs as a plain Python loop: {error}", TorchliftCompileWarning)
@@ -171,6 +175,11 @@ class _Call:
         extras, _, _, static = ys[-1]
         x = _tree.unflatten(carry, self.carry_spec)
         return x if static.extras is None else (x, *_tree.unflatten(extras, static.extras))
+
+    def _parts(self, xs: list[Any]) -> list[Parts]:
+        """The layers' tensors as the engine takes them apart: layers of one key have one template."""
+        parts = [Parts(*split(x)) for x in (xs if self.attributes else xs[:1])]
+        return parts if self.attributes else [Parts(tensors, parts[0].template) for tensors, _ in xs]
 
     def key(self) -> Any:
         """What the compiled body depends on; all layers agree in it, or are refused."""
@@ -271,7 +280,7 @@ def scan_layers(
     every: int = 1,
     lengths: Sequence[int] | None = None,
     compile: bool | dict[str, Any] = True,
-    unroll: int = 1,
+    unroll: int | str = 1,
     scanned_attributes: Sequence[str] = (),
 ) -> ScanLayers:
     """Runs layers of equal structure through one compiled body, whatever the depth.

@@ -19,6 +19,7 @@ from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
 from torchlift.engine.loop import Body, check_carry
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
+from torchlift.engine.products import join_products
 from torchlift.engine.remat import inline_remat
 from torchlift.engine.trees import Template, Tree, split
 
@@ -216,6 +217,7 @@ def trace(
     *,
     train: bool,
     inductor: bool,
+    join: bool,
     policy: Policy | None,
 ) -> Graphs:
     """Captures ``fn``, the iterations, on ``fakes`` and partitions them; the carry's tensors start at ``carry_at``.
@@ -237,6 +239,8 @@ def trace(
         joint = _compat.joint_graph(flat, fakes, train, inductor)
     _require_no_lost_gradient(joint)
     count = len(seen.outputs)
+    if join and len(seen.ys) > 1 and not seen.random:  # draws stay in their order, which a sorted graph may not keep
+        join_products(joint, count)
     if not train:
         return Graphs(joint, None, list(fakes), [], count)
     _tag(joint, policy, regions.policies)

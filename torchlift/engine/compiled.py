@@ -269,7 +269,14 @@ def capture_program(
     train = train and any(seen.requires_grad)
     with surroundings(mode, request.backend, seen.random) as inductor:
         graphs = capture.trace(
-            fn, seen, a, fakes, train=train, inductor=request.backend.inductor, policy=request.policy
+            fn,
+            seen,
+            a,
+            fakes,
+            train=train,
+            inductor=request.backend.inductor,
+            join=not request.backend.exact,
+            policy=request.policy,
         )
         orders = orders_of(graphs.bw_inputs, graphs.feeds, "tangent")
         saved = _saved_bytes(graphs)

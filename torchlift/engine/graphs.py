@@ -44,12 +44,18 @@ class Backend:
     def inductor(self) -> bool:
         return self.name == "inductor"
 
+    @property
+    def exact(self) -> bool:
+        """Whether the graphs run as they were traced, bit by bit what the loop computes."""
+        return self.name in ("eager", "aot_eager")
+
 
 def surroundings(mode: Any, backend: Backend, random: bool) -> AbstractContextManager[Any]:
     """What tracing, partitioning and compiling happen in."""
     if not backend.inductor:
         return nullcontext()
-    options = _compat.inductor_mode_options(backend.mode) | dict(backend.options)
+    # A program is found by the very sizes and strides that its graphs would assert at each call.
+    options = {"size_asserts": False} | _compat.inductor_mode_options(backend.mode) | dict(backend.options)
     # NOTE [cudagraphs]: a graph that is replayed overwrites what it gave before, and here one graph runs many times
     # while its earlier outputs live. Off until the whole loop is recorded as one.
     options["triton.cudagraphs"] = False

@@ -24,7 +24,7 @@ from torchlift.engine.compiled import Request, capture_program, settle
 from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body
-from torchlift.engine.plan import Plan, Program, pieces_of
+from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.trees import Template
 from torchlift.errors import ClosureError, TorchliftError
 
@@ -173,7 +173,7 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
             f"{body.name}: the body reads a tensor of shape {tuple(closures[0].shape)} by a closure or an attribute, "
             "which a compiled graph around the loop would not see change; pass it as an argument or register a buffer"
         )
-    unroll = settings["unroll"]
+    unroll = unroll_of(settings["unroll"], spec.length, one[:c] if spec.stacked else [], even=True)
     if unroll > 1 and not pieces and spec.length % unroll == 0 and not settings["shared_draws"]:
         several = (spec.x,) * unroll
         request = Request(

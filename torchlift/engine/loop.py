@@ -45,7 +45,7 @@ class Stacked:
 Xs = Stacked | list[Tree]
 
 
-def check_arguments(body: Body, xs: Xs, length: int, unroll: int, lengths: Sequence[int] | None) -> None:
+def check_arguments(body: Body, xs: Xs, length: int, unroll: int | str, lengths: Sequence[int] | None) -> None:
     """Refuses sizes that do not fit each other."""
     if isinstance(xs, Stacked):
         for path, leaf in pytree.tree_flatten_with_path(xs.tree)[0]:
@@ -54,8 +54,8 @@ def check_arguments(body: Body, xs: Xs, length: int, unroll: int, lengths: Seque
                 raise IterationError(f"{body.name}: xs{pytree.keystr(path)} has {got}, expected {length}")
     elif len(xs) != length:
         raise IterationError(f"{body.name}: xs has {len(xs)} entries, expected {length}")
-    if unroll < 1:
-        raise OptionError(f"{body.name}: unroll is {unroll}, expected 1 or more")
+    if unroll != "auto" and not (isinstance(unroll, int) and unroll >= 1):
+        raise OptionError(f"{body.name}: unroll is {unroll!r}, expected 1 or more, or 'auto'")
     if lengths is not None and math.prod(lengths) != length:
         raise OptionError(f"{body.name}: the product of lengths {tuple(lengths)} is not the length {length}")
 

@@ -110,12 +110,12 @@ class Residuals:
 class _Gradients:
     """Gradients of the inputs while backward walks the chunks from the last to the first."""
 
-    def __init__(self, run: _Execution, grads: Sequence[torch.Tensor | None], shapes: list[torch.Tensor]) -> None:
+    def __init__(self, run: _Execution, grads: Sequence[torch.Tensor | None], models: list[_Model]) -> None:
         plan = run.plan
         self.run = run
         self.carry = list(grads[: plan.carries])
         self.ys = grads[plan.carries :]
-        self.likes = shapes  # one tensor per output of the first chunk, for gradients that are not there
+        self.models = models  # of the outputs of the first chunk, for gradients that are not there
         self.zeros: dict[int, torch.Tensor] = {}
         self.sums: list[torch.Tensor | None] = [None] * (plan.consts + plan.closures)
         self.xs: list[list[torch.Tensor | None]] = [[None] * plan.length for _ in range(plan.x_tensors)]
@@ -143,6 +143,8 @@ class _Gradients:
         if given is None:
             return self._zero(program, i)
         order = program.tangent_orders[i]
+        if order == sorted(order):
+            return given.contiguous()
         laid = given.permute(order)
         if laid.is_contiguous():
             return given
@@ -152,7 +154,8 @@ class _Gradients:
         if i >= self.run.plan.carries:
             i = self.run.plan.carries + (i - self.run.plan.carries) % program.ys[0].tensors
         if i not in self.zeros:
-            self.zeros[i] = torch.zeros_like(self.likes[i])
+            shape, dtype, device = self.models[i]
+            self.zeros[i] = torch.zeros(shape, dtype=dtype, device=device)
         order = program.tangent_orders[i]
         return self.zeros[i].permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
 
@@ -222,7 +225,23 @@ class _Gradients:
         return [*self.sums, *self.carry, *xs]
 
 
-def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Residuals, Tensors]:
+_Model = tuple[torch.Size, torch.dtype, torch.device]  # of an output, for a gradient of zeros
+
+
+def _models(outs: Sequence[torch.Tensor]) -> list[_Model]:
+    return [(out.shape, out.dtype, out.device) for out in outs]
+
+
+def run_single(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Sequence[Any]]:
+    """The outputs of a plan of one graph, and what the graph saves."""
+    program = plan.chunks[0][0]
+    a = plan.consts
+    b = a + plan.closures
+    outs = program.fw([*tensors[:a], *tensors[b:], *tensors[a:b]])
+    return list(outs[: program.outputs]), outs[program.outputs :]
+
+
+def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Residuals, list[_Model]]:
     """The loop's outputs (carry, then ys), what backward needs, and models of the first chunk's outputs (for zeros)."""
     run = _Execution(plan, tensors)
     if plan.shared_draws:
@@ -232,7 +251,7 @@ def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, R
     kept = Residuals()
     ys: list[list[torch.Tensor]] = [[] for _ in range(plan.length)]
     carry = run.carry
-    models: Tensors = []
+    models: list[_Model] = []
     states = run.states() if size and train else None
     for chunk, given, outs in run.forward(0, len(plan.chunks), carry):
         program, positions = plan.chunks[chunk]
@@ -248,7 +267,7 @@ def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, R
             at += y.tensors
         carry = list(outs[: plan.carries])
         if not models:
-            models = [torch.empty((), dtype=o.dtype, device=o.device).expand(o.shape) for o in outs[: program.outputs]]
+            models = _models(outs[: program.outputs])
     if plan.joined:
         flat = [torch.stack(column) for column in zip(*ys)]
         if train and not size:
@@ -264,7 +283,7 @@ def run_backward(
     plan: Plan,
     tensors: Sequence[torch.Tensor],
     kept: Residuals,
-    models: Tensors,
+    models: list[_Model],
     grads: Sequence[torch.Tensor | None],
     keep: bool,
 ) -> list[torch.Tensor | None]:
@@ -321,19 +340,17 @@ class Loop(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.start = read_states(plan.devices) if plan.random else None
-        outs, kept, models = run_forward(plan, tensors)
-        ctx.plan, ctx.models = plan, models
-        ctx.ints, ctx.where = None, None
-        if len(plan.chunks) == 1 and not plan.joined and not plan.pieces:
-            # One chunk: nothing to free early, so torch keeps it, and checks that nobody writes into it.
-            saved = (kept.pieces.pop() or ([], [], None))[1] if kept.pieces else []
+        ctx.plan, ctx.ints, ctx.where, ctx.kept = plan, None, None, None
+        if plan.single:
+            # Nothing to free early, so torch keeps it, and checks that nobody writes into it.
+            outs, saved = run_single(plan, tensors)
             ctx.where = [isinstance(v, torch.Tensor) for v in saved]
             ctx.ints = [v for v in saved if not isinstance(v, torch.Tensor)]
             ctx.save_for_backward(*tensors, *(v for v in saved if isinstance(v, torch.Tensor)))
-            ctx.kept = None
+            ctx.models = _models(outs)
         else:
+            outs, ctx.kept, ctx.models = run_forward(plan, tensors)
             ctx.save_for_backward(*tensors)
-            ctx.kept = kept
         ctx.inputs = len(tensors)
         ctx.mark_non_differentiable(*_not_differentiable(plan, outs))
         return tuple(outs)

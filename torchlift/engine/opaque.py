@@ -64,7 +64,7 @@ def opaque_run(
     *,
     reverse: bool = False,
     shared_draws: bool = False,
-    unroll: int = 1,
+    unroll: int | str = 1,
     remat: Any = None,
     lengths: Sequence[int] | None = None,
     every: int = 1,

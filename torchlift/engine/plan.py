@@ -63,14 +63,32 @@ class Plan:
     plain: Callable[..., tuple[Any, ...]]  # the plain loop over the same tensors, for double backward
     joined: bool = False  # ys, and gradients of xs, come as stacks; always so if xs does
     random: bool = field(init=False)
+    single: bool = field(init=False)  # one graph is all there is
 
     def __post_init__(self) -> None:
         self.random = any(program.random for program, _ in self.chunks)
         self.joined = self.joined or self.stacked
+        self.single = len(self.chunks) == 1 and not self.joined and not self.pieces
 
     @property
     def length(self) -> int:
         return len(self.order)
+
+
+def unroll_of(unroll: int | str, length: int, consts: Sequence[torch.Tensor], even: bool = False) -> int:
+    """How many iterations make one graph; with ``even`` a divisor of ``length``.
+
+    NOTE [unroll="auto"]. Iterations that share weights have products to join, and are small as a rule: sixteen of a
+    cell of four tensors, fewer of larger ones, since the time to compile grows with the graph. Layers, whose weights
+    are their own, gain nothing.
+    """
+    if unroll == "auto":
+        weights = sum(t.ndim >= 2 for t in consts)
+        unroll = max(1, min(16, 64 // len(consts))) if weights else 1
+        while even and length % unroll:
+            unroll -= 1
+    assert isinstance(unroll, int)
+    return min(unroll, length)
 
 
 def pieces_of(remat: bool, lengths: Sequence[int] | None, every: int) -> tuple[int, ...]:

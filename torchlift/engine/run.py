@@ -18,9 +18,9 @@ from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
-from torchlift.engine.node import Loop, run_forward
-from torchlift.engine.plan import Plan, Program, pieces_of
-from torchlift.engine.trees import Template, split
+from torchlift.engine.node import Loop, run_forward, run_single
+from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
+from torchlift.engine.trees import Template, split, whole
 from torchlift.errors import TorchliftCompileWarning
 
 __all__ = ["Body", "Report", "Stacked", "explain_run", "last_report", "run"]
@@ -44,7 +44,7 @@ class Report:
 class _Options:
     reverse: bool
     shared_draws: bool
-    unroll: int
+    unroll: int | str
     remat: Any
     lengths: tuple[int, ...] | None
     every: int
@@ -92,7 +92,7 @@ def run(
     *,
     reverse: bool = False,
     shared_draws: bool = False,
-    unroll: int = 1,
+    unroll: int | str = 1,
     remat: Any = None,
     lengths: Sequence[int] | None = None,
     every: int = 1,
@@ -103,7 +103,8 @@ def run(
     ``xs`` is :class:`Stacked` (the ys come back stacked; one autograd node around the loop) or a list of one pytree
     for each iteration (the ys are a list; one autograd node for each iteration). ``reverse`` iterates from the end,
     and every y lands at its own index. Draws run on from iteration to iteration; with ``shared_draws`` every
-    iteration starts from the same state of the generators. ``unroll`` iterations make one graph.
+    iteration starts from the same state of the generators. ``unroll`` iterations make one graph;
+    ``"auto"`` picks how many.
 
     ``remat=True`` keeps only the carries for backward, and a policy decides otherwise. ``lengths`` nests the
     recomputation, ``every`` recomputes pieces of that many iterations.
@@ -115,12 +116,15 @@ def run(
     if lengths is not None and remat is None:
         remat = True
     options = _Options(reverse, shared_draws, unroll, remat, None if lengths is None else tuple(lengths), every)
-    reason, warn = _why_plain(consts, carry, xs, length, compile)
+    reason, warn = _why_plain(length, compile)
     if reason is None:
-        try:
-            return _compiled_run(body, consts, carry, xs, length, options, Backend.of(compile))
-        except CaptureError as error:
-            reason, warn = str(error), True
+        given = _Given.of(consts, carry, xs)
+        reason, warn = given.why_plain()
+        if reason is None:
+            try:
+                return _compiled_run(body, given, length, options, Backend.of(compile))
+            except CaptureError as error:
+                reason, warn = str(error), True
     record(Report(body.name, "plain", reason))
     out = _plain(body, consts, carry, xs, length, options)
     # After the loop, so that an error of the body comes alone.
@@ -131,13 +135,14 @@ def run(
 
 
 def _plain(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, o: _Options) -> tuple[Tree, Xs]:
+    trees = xs if isinstance(xs, Stacked) else [whole(x) for x in xs]
     return plain_run(
-        body, consts, carry, xs, length,
+        body, consts, carry, trees, length,
         reverse=o.reverse, shared_draws=o.shared_draws, remat=o.remat, lengths=o.lengths, every=o.every,
     )  # fmt: skip
 
 
-def _why_plain(consts: Tree, carry: Tree, xs: Xs, length: int, compile: Any) -> tuple[str | None, bool]:
+def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
     """Why the plain loop must run (None: it need not), and whether the caller is to be warned."""
     if compile is False:
         return "compile=False", False
@@ -149,12 +154,6 @@ def _why_plain(consts: Tree, carry: Tree, xs: Xs, length: int, compile: Any) -> 
         return "a torch.func transform is around it", True
     if _compat.forward_ad_active():
         return "forward-mode differentiation is around it", True
-    tensors = [t for tree in (consts, carry, xs.tree if isinstance(xs, Stacked) else xs) for t in split(tree)[0]]
-    for t in tensors:
-        if _compat.is_traced(t):
-            return "inside another capture", False
-        if not _plain_tensor(t):
-            return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
     if _compat.dispatch_modes_active():
         return "a TorchDispatchMode is active", True
     if _compat.function_modes():
@@ -174,6 +173,38 @@ def _plain_tensor(t: torch.Tensor) -> bool:
         and not t.is_conj()
         and not t.is_neg()
     )
+
+
+_Split = tuple[list[torch.Tensor], Template]
+
+
+@dataclass
+class _Given:
+    """The inputs of a loop, taken apart once: ``xs`` has one part, of stacks, or one for each iteration."""
+
+    consts: _Split
+    carry: _Split
+    xs: list[_Split]
+    stacked: bool
+
+    @staticmethod
+    def of(consts: Tree, carry: Tree, xs: Xs) -> _Given:
+        trees = [xs.tree] if isinstance(xs, Stacked) else xs
+        return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
+
+    def why_plain(self) -> tuple[str | None, bool]:
+        """As :func:`_why_plain`, for the tensors. What is like the iteration before is not looked at twice."""
+        before: list[Any] | None = None
+        for tensors, _ in (self.consts, self.carry, *self.xs):
+            kinds = [(type(t), t.layout, t.dtype, t.device, t.is_conj(), t.is_neg()) for t in tensors]
+            if kinds != before:
+                for t in tensors:
+                    if _compat.is_traced(t):
+                        return "inside another capture", False
+                    if not _plain_tensor(t):
+                        return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
+            before = kinds
+        return None, False
 
 
 @dataclass
@@ -213,17 +244,11 @@ class _Job:
         return [t.requires_grad for t in self.carry]
 
 
-def _compiled_run(
-    body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _Options, backend: Backend
-) -> tuple[Tree, Xs]:
-    flat_consts, consts_template = split(consts)
-    flat_carry, carry_template = split(carry)
+def _compiled_run(body: Body, given: _Given, length: int, options: _Options, backend: Backend) -> tuple[Tree, Xs]:
     # One layout for the carry of all iterations.
-    flat_carry = [like_strided(t, t) for t in flat_carry]
-    job = _Job(
-        body, flat_consts, consts_template, flat_carry, carry_template, torch.is_grad_enabled(), backend, options
-    )
-    return _run_stacked(job, xs, length) if isinstance(xs, Stacked) else _run_list(job, xs, length)
+    carry = [like_strided(t, t) for t in given.carry[0]]
+    job = _Job(body, *given.consts, carry, given.carry[1], torch.is_grad_enabled(), backend, options)
+    return _run_stacked(job, *given.xs[0], length) if given.stacked else _run_list(job, given.xs, length)
 
 
 def _plan(
@@ -263,17 +288,16 @@ def _call(plan: Plan, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Runs a plan, as an autograd node if there is anything to differentiate."""
     if plan.chunks[0][0].bw is None:
         with torch.no_grad():
-            return run_forward(plan, tensors)[0]
+            return run_single(plan, tensors)[0] if plan.single else run_forward(plan, tensors)[0]
     return Loop.apply(plan, *tensors)
 
 
-def _run_stacked(job: _Job, xs: Stacked, length: int) -> tuple[Tree, Xs]:
+def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, length: int) -> tuple[Tree, Xs]:
     """One autograd node around the loop."""
-    leaves, template = split(xs.tree)
     first = [leaf.detach()[0].requires_grad_(leaf.requires_grad) for leaf in leaves]
     single, closures = job.program([first], [template], job.carry_flags)
     order = range(length)[:: -1 if job.options.reverse else 1]
-    unroll = _unroll(job.options, single, length)
+    unroll = _unroll(job, single, length)
     chunks: list[tuple[Program, range]] = []
     at = 0
     if unroll > 1:
@@ -289,11 +313,12 @@ def _run_stacked(job: _Job, xs: Stacked, length: int) -> tuple[Tree, Xs]:
     return job.carry_template.fill(list(outs[:carries])), Stacked(single.ys[0].fill(list(outs[carries:])))
 
 
-def _unroll(o: _Options, program: Program, length: int) -> int:
+def _unroll(job: _Job, program: Program, length: int) -> int:
     """How many iterations to put in one graph."""
+    o = job.options
     if o.lengths is not None or o.every > 1 or (o.shared_draws and program.random):
         return 1
-    return min(o.unroll, length)
+    return unroll_of(o.unroll, length, job.consts)
 
 
 def _pieces(o: _Options) -> tuple[int, ...]:
@@ -315,11 +340,11 @@ def _report(job: _Job, program: Program, nodes: int) -> None:
     record(report)
 
 
-def _run_list(job: _Job, xs: list[Tree], length: int) -> tuple[Tree, Xs]:
+def _run_list(job: _Job, xs: list[_Split], length: int) -> tuple[Tree, Xs]:
     """One autograd node for each iteration (for each graph when unrolled, each outermost piece when nested)."""
     o = job.options
     order = list(range(length))[:: -1 if o.reverse else 1]
-    flat = [split(xs[i]) for i in order]
+    flat = [xs[i] for i in order]
     # Everything is compiled before anything runs, so that a body that cannot be compiled is never run in part.
     plans = _list_plans(job, flat)
     start = None
@@ -346,29 +371,29 @@ def _run_list(job: _Job, xs: list[Tree], length: int) -> tuple[Tree, Xs]:
 _Node = tuple[Plan, list[torch.Tensor], list[Template]]  # a plan, its closed-over tensors, the template of each y
 
 
-def _list_plans(job: _Job, flat: list[tuple[list[torch.Tensor], Template]]) -> list[_Node]:
+def _list_plans(job: _Job, flat: list[_Split]) -> list[_Node]:
     """The nodes of a list run, in the order they run."""
     o, length = job.options, len(flat)
     flags = job.carry_flags
     pieces = _pieces(o)
     size = max(pieces[0] if pieces else 1, 1)
-    if size == 1 and o.unroll > 1:
-        size = _unroll(o, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
-    memo: dict[Hashable, tuple[_Node, list[bool]]] = {}
+    if size == 1 and o.unroll not in (1, "auto"):  # layers, with weights of their own
+        size = _unroll(job, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
+    memo: list[tuple[Any, _Node, list[bool]]] = []  # few: most iterations are alike, and to hash is to look at all
     nodes = []
     for at in range(0, length, size):
         part = flat[at : at + size]
-        key = (tuple(flags), *((x[1], tuple((t.requires_grad, *compiled.tensor_key(t)) for t in x[0])) for x in part))
-        if key not in memo:
-            memo[key] = _list_node(job, part, flags, pieces)
-        node, flags = memo[key]
+        key = (flags, [(x[1], [(t.requires_grad, *compiled.tensor_key(t)) for t in x[0]]) for x in part])
+        found = next(((node, after) for known, node, after in memo if known == key), None)
+        if found is None:
+            found = _list_node(job, part, flags, pieces)
+            memo.append((key, *found))
+        node, flags = found
         nodes.append(node)
     return nodes
 
 
-def _list_node(
-    job: _Job, part: list[tuple[list[torch.Tensor], Template]], flags: list[bool], pieces: tuple[int, ...]
-) -> tuple[_Node, list[bool]]:
+def _list_node(job: _Job, part: list[_Split], flags: list[bool], pieces: tuple[int, ...]) -> tuple[_Node, list[bool]]:
     """The node for the iterations ``part``, and which carries require grad after it."""
     templates = [template for _, template in part]
     chunks: list[tuple[Program, range]] = []

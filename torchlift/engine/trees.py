@@ -30,8 +30,24 @@ class Template:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
+class Parts:
+    """A pytree that is split already."""
+
+    __slots__ = ("template", "tensors")
+
+    def __init__(self, tensors: list[torch.Tensor], template: Template):
+        self.tensors, self.template = tensors, template
+
+
+def whole(tree: Tree) -> Tree:
+    """``tree``, put together if it comes in parts."""
+    return tree.template.fill(tree.tensors) if type(tree) is Parts else tree
+
+
 def split(tree: Tree) -> tuple[list[torch.Tensor], Template]:
     """``tree`` as its tensors and its template; the template hashes only if its other leaves do."""
+    if type(tree) is Parts:
+        return tree.tensors, tree.template
     leaves, spec = pytree.tree_flatten(tree)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if len(tensors) == len(leaves):

@@ -50,7 +50,7 @@ class _Scan(_Loop):
     out_axes: Any = 0
     length: int | None = None
     reverse: bool = False
-    unroll: int = 1
+    unroll: int | str = 1
     data_transform: Callable[..., Any] | None = None
     metadata_params: Mapping[Any, Any] = field(default_factory=dict)
     compile: Any = True
@@ -182,7 +182,7 @@ def scan(
     out_axes: Any = 0,
     length: int | None = None,
     reverse: bool = False,
-    unroll: int = 1,
+    unroll: int | str = 1,
     data_transform: Callable[..., Any] | None = None,
     metadata_params: Mapping[Any, Any] = {},  # noqa: B006
     methods: Any = None,
@@ -206,7 +206,9 @@ def scan(
         out_axes: where the axis goes in the ys; ``torchlift.broadcast`` for a y that is the same in every iteration.
         length: the number of iterations, where it cannot be read off.
         reverse: iterate from the end; every y lands at its own index.
-        unroll: how many iterations make one compiled graph.
+        unroll: how many iterations make one compiled graph, in which products by one and the same weight are joined:
+            the projection of the inputs, the gradients of weights. ``"auto"`` picks for a loop over time. A larger
+            graph takes longer to compile.
         data_transform: ``(variable_groups, rng_groups) -> the same``, applied to each iteration's slices.
         metadata_params: passed to ``AxisMetadata.add_axis`` and ``remove_axis``.
         methods: the methods to lift, for a class: a list, or a dict of arguments for each.
