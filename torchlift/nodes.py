@@ -72,6 +72,10 @@ def dotted(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+class _Plain:
+    """An object as Python makes them."""
+
+
 class _Unwatchable(Exception):
     """Something in a module tree that can change unseen."""
 
@@ -108,7 +112,7 @@ class Memory:
         )
         return (
             weakref.ref(node.module), type(node.module), node.path, node.tensors, node.children,
-            tuple(fields), tuple(fields.values()), fields["_modules"], tuple(fields["_modules"].values()),
+            tuple(fields), tuple(fields.values()), fields["_modules"], _held(fields["_modules"]),
             [(fields[store], keys) for store, keys in (("_parameters", parameters), ("_buffers", buffers))],
         )  # fmt: skip
 
@@ -119,17 +123,20 @@ class Memory:
         if depth == 0 or isinstance(value, (Tensor, nn.Module)):
             raise _Unwatchable
         if kind is types.FunctionType:
-            if value.__closure__ or any(type(value.__globals__.get(name)) in ATOMS for name in value.__code__.co_names):
+            known = value.__globals__
+            if value.__closure__ or any(
+                name in known and type(known[name]) in ATOMS for name in value.__code__.co_names
+            ):
                 raise _Unwatchable
-            self._watch(value.__defaults__, depth - 1)
-            return
-        if kind not in (tuple, list, dict) and not hasattr(value, "__dict__"):
+            value = (value.__defaults__, value.__kwdefaults__)
+        elif kind.__basicsize__ == _Plain.__basicsize__:  # its whole state is its __dict__: a configuration, say
+            value = value.__dict__
+        elif kind not in (tuple, list, dict):
             raise _Unwatchable
-        container = value if kind in (tuple, list, dict) else value.__dict__
-        held = _held(container)
-        if kind is not tuple:
-            self._watched.append((container, held))
-        elif len(held) > LONG:
+        held = _held(value)
+        if type(value) is not tuple:
+            self._watched.append((value, held))
+        if len(held) > LONG and kind in (tuple, list, dict):
             raise _Unwatchable
         for item in held:
             self._watch(item, depth - 1)
@@ -146,7 +153,7 @@ class Memory:
             fields = module.__dict__
             if tuple(fields) != keys or not all(map(operator.is_, fields.values(), values)):
                 return None
-            if (held or modules) and not _same(modules.values(), held):
+            if (held or modules) and not _same(_held(modules), held):
                 return None
             for store, expected in stores:  # which are those of the module: its fields are what they were
                 if store or expected:
@@ -187,7 +194,7 @@ def remember(module: nn.Module, nodes: list[Node], entries: list[Entry], *about:
 
 
 def _held(container: Any) -> tuple[Any, ...]:
-    return tuple(container.values() if isinstance(container, dict) else container)
+    return (*container, *container.values()) if isinstance(container, dict) else tuple(container)
 
 
 def _same(some: Any, others: tuple[Any, ...]) -> bool:
