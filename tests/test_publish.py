@@ -160,3 +160,14 @@ def test_publish_under_torch_func_is_a_named_error():
 def test_publish_of_a_deleted_variable_is_refused():
     with pytest.raises(UnsupportedError, match="deleted 'total' in the body; delete it outside"):
         remat(lambda m, x: delattr(m, "total"))(Net(), torch.ones(SIZE))
+
+
+@pytest.mark.parametrize("lift", [torchlift.remat, torchlift.named_call], ids=["remat", "named_call"])
+def test_statistics_are_written_as_batch_norm_writes_them(lift):
+    """A plain call that awaits its backward has saved them; torch's own next call does not disturb it."""
+    norms = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    x, found = torch.randn(4, 3), []
+    for norm, again in zip(norms, (norms[0].forward, lambda x: lift(nn.BatchNorm1d.forward)(norms[1], x)), strict=True):
+        (norm(x).square().sum() + again(2 * x).pow(3).sum()).backward()
+        found.append([norm.weight.grad, *norm.buffers()])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -396,6 +396,9 @@ class Packed(Collected):
                 assign_collection(owner, change.key, change.collection)
         elif change.how == "copy" or isinstance(tensors[change.key], nn.Parameter):
             target = tensors[change.key]
+            if isinstance(owner, _compat.NormBase) and not _compat.is_compiling() and not self.nested:
+                # As batch_norm writes: uncounted, for an earlier call that has saved them and awaits its backward.
+                target = target.data
             with contextlib.nullcontext() if self.nested else torch.no_grad():
                 (target if self.nested else _compat.writable(target)).copy_(value)
         else:
