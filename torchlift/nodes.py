@@ -129,10 +129,10 @@ class Memory:
             ):
                 raise _Unwatchable
             value = (value.__defaults__, value.__kwdefaults__)
-        elif kind.__basicsize__ == _Plain.__basicsize__:  # its whole state is its __dict__: a configuration, say
-            value = value.__dict__
         elif kind not in (tuple, list, dict):
-            raise _Unwatchable
+            if kind.__basicsize__ != _Plain.__basicsize__ or not hasattr(value, "__dict__"):
+                raise _Unwatchable
+            value = value.__dict__  # its whole state: a configuration, say
         held = _held(value)
         if type(value) is not tuple:
             self._watched.append((value, held))
