@@ -66,6 +66,17 @@ def test_stack_refuses(state: dict[str, torch.Tensor], match: str) -> None:
         stack_state_dict(state, "h.")
 
 
+@pytest.mark.parametrize("axis", [2, -3])
+def test_stack_refuses_an_axis_that_an_entry_cannot_have(axis: int) -> None:
+    with pytest.raises(StateDictError, match=rf"'w' of each layer has 1 dim.*axes -2 to 1, got axis={axis}"):
+        stack_state_dict(LAYERS, "h.", axis)
+
+
+def test_a_number_is_written_in_one_way() -> None:
+    stacked = stack_state_dict({**LAYERS, "h.00.w": torch.zeros(2)}, "h.")
+    assert stacked["h.w"].tolist() == [[1, 1]] * 3 and set(stacked) == {"h.w", "h.00.w"}
+
+
 @pytest.mark.parametrize(
     ("state", "axis", "match"),
     [

@@ -32,7 +32,7 @@ def stack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int = 
         {'weight': (4, 3, 2), 'bias': (4, 3)}
     """
     label = f"stack_state_dict(prefix={prefix!r})"
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+)", re.DOTALL)
+    pattern = re.compile(re.escape(prefix) + r"(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
     layers: dict[int, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
@@ -60,6 +60,11 @@ def stack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int = 
                     f"{label}: {name!r} of layer {number} is {tuple(tensor.shape)} {tensor.dtype}, expected "
                     f"{tuple(first.shape)} {first.dtype} as in layer 0"
                 )
+        if not -first.ndim - 1 <= axis <= first.ndim:
+            raise StateDictError(
+                f"{label}: {name!r} of each layer has {first.ndim} dimensions, so its stack has axes "
+                f"{-first.ndim - 1} to {first.ndim}, got axis={axis}"
+            )
         if prefix + name in others:
             raise StateDictError(f"{label}: the key {prefix + name!r} of the stacked entry is there already")
         stacked[prefix + name] = torch.stack(tensors, axis)
