@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -262,3 +262,29 @@ def test_layers_that_run_again_one_by_one_draw_as_a_loop_does(compile):
     for layer in layers:
         x = layer(x)
     assert torch.equal(got, x) and torch.equal(after, torch.get_rng_state())
+
+
+def test_a_slice_runs_its_layers_in_the_same_way():
+    layers = torchlift.scan_layers([nn.Linear(4, 4) for _ in range(5)], remat=True, every=2, compile=False)
+    part, x = layers[1:4], torch.randn(2, 4)
+    assert type(part) is type(layers) and part.settings() == layers.settings() and part[0] is layers[1]
+    torch.testing.assert_close(part(x), layers[3](layers[2](layers[1](x))))
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    norm: Tensor
+
+
+@pytest.mark.parametrize("compile", [False, AOT], ids=["plain", "compiled"])
+def test_a_named_tuple_comes_back_as_one(compile):
+    class Layer(nn.Linear):
+        def forward(self, x, layer=0):
+            y = super().forward(x) + layer
+            return Named(y, y.norm())
+
+    layers, x = torchlift.scan_layers([Layer(4, 4) for _ in range(3)], compile=compile), torch.randn(2, 4)
+    expected = layers[2](layers[1](layers[0](x, 1).hidden, 1).hidden, 1)
+    got = layers(x, layer=1)
+    assert type(got) is Named
+    torch.testing.assert_close(tuple(got), tuple(expected), rtol=1e-12, atol=1e-12)

@@ -47,6 +47,12 @@ class ScanLayers(nn.ModuleList):
             "compile": self.compile_options, "unroll": self.unroll, "scanned_attributes": self.scanned_attributes,
         }  # fmt: skip
 
+    def __getitem__(self, index: Any) -> Any:
+        """A layer; of a slice, those layers run in the same way."""
+        return (
+            ScanLayers(list(self)[index], **self.settings()) if isinstance(index, slice) else super().__getitem__(index)
+        )
+
     @property
     def label(self) -> str:
         """How errors name it."""
@@ -173,8 +179,7 @@ class _Call:
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
-        x = _tree.unflatten(carry, self.carry_spec)
-        return x if static.extras is None else (x, *_tree.unflatten(extras, static.extras))
+        return _tree.unflatten([*carry, *extras], static.out)
 
     def _parts(self, xs: list[Any]) -> list[Parts]:
         """The layers' tensors as the engine takes them apart: layers of one key have one template."""
@@ -194,17 +199,16 @@ class _Call:
         tensors, attributes = x
         own = dict(zip(self.attributes, attributes, strict=True))
         out, update = first.pure(tensors, [*carry, *consts], own)
-        extras = out[1:] if isinstance(out, tuple) else None
-        new, spec = _tree.flatten(out[0] if isinstance(out, tuple) else out)
-        if spec != self.carry_spec:
+        leaves, spec = _tree.flatten(out)  # of a tuple, those of its first element come first
+        count = len(self.carry)
+        if _tree.flatten(out[0] if isinstance(out, tuple) and out else out)[1] != self.carry_spec:
             raise CarryError(f"{self.layers.label}: a layer returned another structure than it was given")
-        flat, extras_spec = ([], None) if extras is None else _tree.flatten(extras)
         sown, sown_spec = _tree.flatten(update.sown)
         changed = update.changed if first.nested else [value.detach() for value in update.changed]
-        return new, (flat, changed, sown, token(_Static(extras_spec, sown_spec, update.meta)))
+        return leaves[:count], (leaves[count:], changed, sown, token(_Static(spec, sown_spec, update.meta)))
 
 
-def _call_layer(layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
     return layer(x, *args, **kwargs)
 
 
@@ -229,7 +233,7 @@ def _register(settings: dict[str, Any], x: Any, args: Any, kwargs: Any, *modules
 class _Static:
     """What is static about what a layer returns."""
 
-    extras: _tree.Spec | None  # of what a returned tuple has beside its first element
+    out: _tree.Spec
     sown: _tree.Spec
     meta: Meta
 
