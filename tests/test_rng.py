@@ -298,3 +298,15 @@ def test_streams_end_with_an_error_in_a_body():
                 transform(fails)(nn.Identity(), torch.ones(1))
     with pytest.raises(RandomnessError, match="has no seed"):
         make_rng("noise")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_seeded_stream_may_be_drawn_from_where_dropout_is_refused(split):
+    noise = lambda m, x: x + torch.rand(SIZE, generator=make_rng("noise"))
+    with seed_rngs(noise=0):
+        rows = torchlift.vmap(noise, split_rngs={"noise": split})(nn.Identity(), torch.zeros(4, SIZE))
+    assert len(rows.unique(dim=0)) == (4 if split else 1)
+    state, both = torch.get_rng_state(), lambda m, x: F.dropout(noise(m, x))
+    with seed_rngs(noise=0), pytest.raises(RandomnessError, match="drew from the random stream 'dropout'"):
+        torchlift.vmap(both, split_rngs={"noise": split})(nn.Identity(), torch.zeros(4, SIZE))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -66,16 +66,20 @@ class _Vmap(Transform):
         return out
 
     def _map(self, run: _Run, in_dims: Any, inputs: Any, groups: Groups) -> list[Tensor]:
-        splits = {stream: groups.splits(stream) for stream in (rng.DROPOUT, *rng.positions())}
+        # In compiled code no stream has a generator of its own.
+        seeded = () if _compat.is_compiling() else rng.positions()
+        splits = {stream: groups.splits(stream) for stream in (rng.DROPOUT, *seeded)}
         if run.size == 0:
             return run.empty(in_dims, inputs)
-        if len({split for split in splits.values() if split is not None}) > 1:
+        told = {split for split in splits.values() if split is not None}
+        if len(told) > 1:
             # torch's vmap knows one kind of randomness at a time.
             return run.by_index(in_dims, inputs, splits, "random streams differ in whether they are split")
+        # It asks no generator whose it is: where one stream may be drawn from, it is `pure` that refuses the others.
         mapped = torch.func.vmap(
             run.one,
             in_dims=in_dims,
-            randomness={True: "different", False: "same", None: "error"}[splits[rng.DROPOUT]],
+            randomness={True: "different", False: "same", None: "error"}[next(iter(told), None)],
             chunk_size=self.chunk_size,
         )
         start = () if _compat.is_compiling() else rng.default_states()
