@@ -371,3 +371,23 @@ def test_model_outputs_pass():
     module, x = Block(), torch.randn(4, 3)
     out = remat(lambda m, x: Output(m.linear(x)))(module, x)
     assert type(out) is Output and torch.equal(out.logits, module.linear(x)) and out.loss is None
+
+
+@pytest.mark.parametrize("name", ["vmap", "remat", "map_variables", "named_call", "apply", "scan_layers"])
+def test_keyword_arguments_may_have_any_name(name):
+    class Layer(nn.Linear):
+        def forward(self, x, **extra):
+            return super().forward(x) + sum(extra.values())
+
+    layer, x, names = Layer(2, 2), torch.ones(3, 2), ("layer", "m", "fn", "label", "inside")
+    extra = {key: torch.ones(3, 2) for key in (*names, "module")[: 5 if name == "apply" else 6]}
+    call = lambda m, /, *args, **kwargs: m(*args, **kwargs)
+    way = {
+        "vmap": lambda: torchlift.vmap(call)(layer, x, **extra),
+        "remat": lambda: torchlift.remat(call)(layer, x, **extra),
+        "map_variables": lambda: torchlift.map_variables(call, "params", lambda v: v)(layer, x, **extra),
+        "named_call": lambda: torchlift.named_call(call)(layer, x, **extra),
+        "apply": lambda: torchlift.apply(layer, {}, x, **extra),
+        "scan_layers": lambda: torchlift.scan_layers([layer], compile=False)(x, **extra),
+    }[name]
+    torch.testing.assert_close(way(), nn.Linear.forward(layer, x) + len(extra))

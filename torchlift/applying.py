@@ -83,7 +83,7 @@ def apply(
 
 def _method(module: nn.Module, method: Any) -> Callable[..., Any]:
     if method is None:
-        return lambda m, *args, **kwargs: m(*args, **kwargs)
+        return lambda m, /, *args, **kwargs: m(*args, **kwargs)
     if isinstance(method, str):
         found = getattr(type(module), method, None)
         if not callable(found):

@@ -104,7 +104,7 @@ def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[
     updated = () if isinstance(target, functools.partial) else functools.WRAPPER_UPDATES
 
     @functools.wraps(target, updated=updated)
-    def lifted_function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def lifted_function(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(module, nn.Module):
             raise TransformTargetError(
                 f"{label}: the first argument is a {type(module).__name__}, expected an nn.Module: "

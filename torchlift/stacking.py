@@ -260,7 +260,7 @@ def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Cal
 def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
     """What a lifted class with stacked variables has of its own: construction, and everything that is per index."""
 
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: nn.Module, /, *args: Any, **kwargs: Any) -> None:
         if how.sizes is None:
             _postpone(self, base, args, kwargs, how)
         else:

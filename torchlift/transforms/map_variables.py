@@ -44,7 +44,7 @@ class _Map_variables(Transform):
                 "put trans_out_fn of its variables into the module"
             )
 
-        def mapped(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def mapped(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             # NOTE [Mapping]. The modules here are bound for this run alone, so they may be changed: while the body
             # runs, the mapped variables take the place of the stored ones. Who reads them back finds the stored ones.
             views = [_View(self, root, label) for root in _roots(module, args, kwargs)]
@@ -247,7 +247,7 @@ def _members(config: _Map_variables, base: type[nn.Module], label: str) -> dict[
         _replace(plain, stored, owned, f"{label}: trans_in_fn")
         return plain
 
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: nn.Module, /, *args: Any, **kwargs: Any) -> None:
         # An instance of the base: its constructor calls its methods, reset_parameters say, on variables of its own.
         object.__setattr__(self, "__dict__", to_stored(base(*args, **kwargs)).__dict__)
 

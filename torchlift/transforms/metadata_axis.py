@@ -28,7 +28,7 @@ class _Add_metadata_axis(Transform):
             axis = groups.role(collection_of(owner, store, key)).axis
             return axis if axis is None or axis >= 0 else axis % (owner.__dict__[store][key].ndim + 1)
 
-        def __init__(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def __init__(module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
             base.__init__(module, *args, **kwargs)
             metadata.added(module, place, self.metadata_params)
 

@@ -130,7 +130,7 @@ def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[...
     method = getattr(class_fn, "__name__", "function")
 
     @functools.wraps(class_fn)
-    def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def named(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(module, nn.Module):
             raise TransformTargetError(
                 f"named_call({method}): the first argument is a {type(module).__name__}, expected a module"
