@@ -1,5 +1,7 @@
 """Randomness: one law for loops, split or shared draws, streams by name, and who may draw."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,7 +109,7 @@ def test_one_law_for_loops(name):
     assert_equal(result(LOOPS[name], Masked()), result(plain, Masked()))
 
 
-@pytest.mark.parametrize("name", [name for name in LOOPS if "aot" not in name])
+@pytest.mark.parametrize("name", LOOPS)
 def test_one_law_for_streams_in_loops(name):
     assert_equal(result(LOOPS[name], Noisy()), result(plain, Noisy()))
 
@@ -144,7 +146,7 @@ def test_without_split_every_iteration_draws_the_same(name):
     assert_equal(result(SHARED[name], Masked()), result(shared_plain, Masked()))
 
 
-@pytest.mark.parametrize("name", [name for name in SHARED if "aot" not in name])
+@pytest.mark.parametrize("name", SHARED)
 def test_without_split_every_iteration_has_the_same_stream(name):
     torch.manual_seed(0)
     with seed_rngs(noise=1):
@@ -310,3 +312,33 @@ def test_a_seeded_stream_may_be_drawn_from_where_dropout_is_refused(split):
     with seed_rngs(noise=0), pytest.raises(RandomnessError, match="drew from the random stream 'dropout'"):
         torchlift.vmap(both, split_rngs={"noise": split})(nn.Identity(), torch.zeros(4, SIZE))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["scan", "scan_layers", "remat_scan"])
+def test_a_loop_whose_body_makes_generators_runs_in_python(name):
+    module, x = Noisy(), torch.randn(SIZE)
+    loop = {
+        "scan": lambda compile: scan(module, x, split_rngs={"noise": True}, compile=compile),
+        "scan_layers": lambda compile: torchlift.scan_layers([module] * N, compile=compile)(x),
+        "remat_scan": lambda compile: remat_scan(module, x, N, split_rngs={"noise": True}, compile=compile),
+    }[name]
+    with seed_rngs(noise=0):
+        expected = loop(False)
+    for _ in range(2):
+        with seed_rngs(noise=0), warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            got = loop({"backend": "aot_eager"})
+        assert torch.equal(got, expected)
+    assert all("generator cannot be part of a compiled graph" in str(w.message) for w in found)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["plain", "compiled"])
+def test_no_iteration_draws_nothing_from_a_stream(compile):
+    body = lambda m, c, x: (c, m(x))
+    with seed_rngs(noise=0):
+        _, ys = torchlift.scan(body, split_rngs={True: True}, compile=compile)(Noisy(), 0, torch.ones(0, SIZE))
+        assert ys.shape == (0, SIZE)
+        assert torchlift.vmap(Noisy, split_rngs={True: True})()(torch.ones(0, SIZE)).shape == (0, SIZE)
+        first = torch.rand(3, generator=make_rng("noise"))
+    with seed_rngs(noise=0):
+        assert torch.equal(first, torch.rand(3, generator=make_rng("noise")))

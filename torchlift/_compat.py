@@ -30,10 +30,16 @@ def forward_ad_active() -> bool:
 
 def run_on_fakes(fn: Callable[..., Any], *trees: Any) -> Any:
     """``fn`` of trees of tensors without storage: shapes and dtypes come out, nothing is computed or drawn."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.only_shapes = True
     fakes = pytree.tree_map_only(torch.Tensor, lambda t: t if is_fake(t) else mode.from_tensor(t.detach()), trees)
     with mode, torch.no_grad():
         return fn(*fakes)
+
+
+def are_only_shapes_wanted() -> bool:
+    """Whether this code runs in :func:`run_on_fakes`, and no graph is made of it."""
+    return not is_compiling() and getattr(_fake_mode(), "only_shapes", False)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -292,7 +298,11 @@ def is_tracing() -> bool:
     """Whether operators are being recorded or run on fake tensors, by Dynamo or otherwise, rather than computed."""
     if is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return _fake_mode() is not None
+
+
+def _fake_mode() -> Any:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 def is_recording() -> bool:

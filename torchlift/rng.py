@@ -9,6 +9,7 @@ import torch
 
 from torchlift import _compat
 from torchlift._context import context, entered
+from torchlift.engine.capture import CaptureError
 from torchlift.engine.draws import States, read_states, write_states
 from torchlift.errors import RandomnessError
 
@@ -19,6 +20,10 @@ from torchlift.errors import RandomnessError
 PARAMS, DROPOUT = "params", "dropout"
 
 _MASK = (1 << 64) - 1
+
+
+class _NoGenerator(RandomnessError, CaptureError):
+    """A graph would draw from a generator of its own. A loop that is captured for itself runs in Python instead."""
 
 
 def fold(seed: int, data: int) -> int:
@@ -63,7 +68,9 @@ def make_rng(name: str, device: torch.device | str = "cpu") -> torch.Generator:
             f"seed it: with torchlift.seed_rngs({name}=0): ..."
         )
     if _compat.is_tracing():
-        raise RandomnessError(f"make_rng({name!r}): a generator cannot be part of a compiled graph")
+        if _compat.are_only_shapes_wanted():
+            return torch.Generator(device)  # nothing is drawn from it
+        raise _NoGenerator(f"make_rng({name!r}): a generator cannot be part of a compiled graph")
     seed, count = context.streams[name]
     context.streams = {**context.streams, name: (seed, count + 1)}
     return torch.Generator(device).manual_seed(fold(seed, count))

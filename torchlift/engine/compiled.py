@@ -134,9 +134,9 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
                 return found.program, closures
         try:
             variant, closures = _make(request, common)
-        except TorchliftError:
-            raise  # a carry that changes, and the like: what the plain loop would say
         except Exception as error:
+            if isinstance(error, TorchliftError) and not isinstance(error, CaptureError):
+                raise  # a carry that changes, and the like: what the plain loop would say
             reason = reason_of(error)
             _remember(exact, reason)
             raise CaptureError(reason) from error
