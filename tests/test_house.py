@@ -30,6 +30,7 @@ ROWS = [
     ["pack.py"],
     ["fingerprint.py", "metadata.py", "applying.py"],
     ["stacking.py"],
+    ["stacked_classes.py"],
     ["lifting.py", "axes.py"],
     ["norm.py", "sharding.py", "state_dict.py", "explaining.py"],
     ["transforms/*"],

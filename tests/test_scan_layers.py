@@ -173,7 +173,7 @@ def test_scanned_attributes_may_differ() -> None:
 
 
 def test_a_layer_is_a_module() -> None:
-    with pytest.raises(TransformTargetError, match="layer 1 is a function, expected an nn.Module"):
+    with pytest.raises(TransformTargetError, match="module 1 is function, expected an nn.Module"):
         torchlift.scan_layers([Block(), lambda x: x])
 
 

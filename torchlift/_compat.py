@@ -286,7 +286,22 @@ def _boxed(compiled: Any) -> Callable[[list[Any]], Any]:
     return lambda inputs: compiled(*inputs)
 
 
-UninitializedTensor = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
+class _Buffer(torch.nn.parameter.UninitializedBuffer):
+    """One that can be copied, as an uninitialised parameter can."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = uninitialised_like(self)
+        return memo[id(self)]
+
+
+UninitializedTensor = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer, _Buffer)
+
+
+def uninitialised_like(tensor: torch.Tensor) -> Any:
+    """A parameter or buffer of the device and dtype of ``tensor`` that waits for its shape."""
+    kind: Any = torch.nn.UninitializedParameter if isinstance(tensor, torch.nn.Parameter) else _Buffer
+    return kind(tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
 
 
 def is_compiling() -> bool:

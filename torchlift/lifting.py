@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from torchlift import _compat, stacking
+from torchlift import _compat, stacked_classes, stacking
 from torchlift.collecting import INSIDE
 from torchlift.errors import TransformTargetError
 
@@ -44,7 +44,7 @@ class Transform:
     def members(self, base: type[nn.Module]) -> dict[str, Any]:
         """What the lifted class has of its own, besides its lifted methods."""
         how = self.stacking(base)
-        return {} if how is None else stacking.members(base, how)
+        return {} if how is None else stacked_classes.members(base, how)
 
     def label(self, target: Any) -> str:
         """How errors name this use of the transform: ``scan(Block, length=12)``."""

@@ -18,11 +18,11 @@ from torchlift.errors import (
     CarryError,
     LayerMismatchError,
     TorchliftCompileWarning,
-    TransformTargetError,
     UnsupportedError,
     warn,
 )
 from torchlift.pack import Meta, Packed, Update
+from torchlift.stacking import listed
 from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
 from torchlift.variables import class_of, own_tensors
 
@@ -308,6 +308,7 @@ def scan_layers(
         A ``ModuleList`` that can be called.
 
     Raises:
+        TransformTargetError: what is given are no modules.
         LayerMismatchError: a layer differs from the first; the message says in what.
 
     Example:
@@ -315,11 +316,7 @@ def scan_layers(
         >>> blocks(torch.ones(2, 4)).shape, list(blocks.state_dict())[:2]
         (torch.Size([2, 4]), ['0.weight', '0.bias'])
     """
-    given = list(layers)
-    for index, layer in enumerate(given):
-        if not isinstance(layer, nn.Module):
-            raise TransformTargetError(f"scan_layers: layer {index} is a {type(layer).__name__}, expected an nn.Module")
     return ScanLayers(
-        given, remat=remat, policy=policy, every=every, lengths=lengths, compile=compile, unroll=unroll,
-        scanned_attributes=scanned_attributes,
+        listed("scan_layers", layers), remat=remat, policy=policy, every=every, lengths=lengths, compile=compile,
+        unroll=unroll, scanned_attributes=scanned_attributes,
     )  # fmt: skip

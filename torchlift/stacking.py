@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, fingerprint, metadata, rng
+from torchlift import _compat, fingerprint, metadata
 from torchlift.collecting import idle_in_bodies
-from torchlift.errors import AxisError, LayerMismatchError, StackedModuleError
+from torchlift.errors import (
+    AxisError,
+    LayerMismatchError,
+    StackedModuleError,
+    TransformTargetError,
+    UnsupportedError,
+)
 from torchlift.groups import Groups
 from torchlift.variables import AT, class_of, collection_of, own_tensors
 
-_PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
+PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Stacking:
         change(module, place, self.metadata_params, self.levels)
 
 
-def _located(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Tensor]]:
+def located(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Tensor]]:
     """``(dotted name, owner, store, key, tensor)`` of every tensor of a module, each name of a tied one included."""
     for path, owner in module.named_modules(remove_duplicate=False):
         for store, key, tensor in own_tensors(owner):
@@ -83,7 +88,19 @@ def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...],
         del module
 
 
-def _check_classes(label: str, modules: Sequence[nn.Module], cls: type[nn.Module]) -> None:
+def listed(label: str, modules: Any) -> list[nn.Module]:
+    """The modules in ``modules``, which may be any iterable."""
+    if not isinstance(modules, Iterable):
+        raise TransformTargetError(f"{label}: got {type(modules).__name__}, expected several modules, in a list")
+    given = list(modules)
+    for index, module in enumerate(given):
+        if not isinstance(module, nn.Module):
+            got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+            raise TransformTargetError(f"{label}: module {index} is {got}, expected an nn.Module")
+    return given
+
+
+def check_classes(label: str, modules: Sequence[nn.Module], cls: type[nn.Module]) -> None:
     """A subclass will not do: a stack has the methods of one class."""
     for index, module in enumerate(modules):
         got = class_of(module)
@@ -92,11 +109,21 @@ def _check_classes(label: str, modules: Sequence[nn.Module], cls: type[nn.Module
             raise LayerMismatchError(f"{label}: module {index} is a {got.__name__}, expected a {cls.__name__}{end}")
 
 
+def check_initialised(tensor: Tensor, where: str) -> None:
+    """torch's lazy modules cannot be stacked before they know their shapes."""
+    if isinstance(tensor, _compat.UninitializedTensor):
+        raise UnsupportedError(
+            f"{where} is not initialised yet, expected a tensor with a shape: give the sizes to a module that is not "
+            "lazy, or call a lazy one once before it is stacked"
+        )
+
+
 def _make_stacks(first: nn.Module, sizes: tuple[int, ...], how: Stacking) -> list[tuple[str, nn.Module, str, str]]:
     """Puts stacks in the place of the tensors of ``first``, which it lets go of, and says where they are."""
     slots = []
     stacks: dict[Tensor, Tensor] = {}
-    for name, owner, store, key, tensor in list(_located(first)):
+    for name, owner, store, key, tensor in list(located(first)):
+        check_initialised(tensor, f"{how.label}: {name!r}")
         if tensor not in stacks:
             stacks[tensor] = _stack_like(tensor, how.axis(owner, store, key), sizes, f"{how.label}: {name!r}")
         owner.__dict__[store][key] = stacks[tensor]
@@ -136,7 +163,7 @@ def _strides(sizes: tuple[int, ...]) -> list[int]:
 
 
 def _copy_in(slots: Sequence[Any], module: nn.Module, index: int, sizes: tuple[int, ...], how: Stacking) -> None:
-    others = list(_located(module))
+    others = list(located(module))
     if [s[0] for s in slots] != [o[0] for o in others]:
         raise LayerMismatchError(
             f"{how.label}: module {index} has variables {[o[0] for o in others]}, expected those of module 0: "
@@ -186,7 +213,7 @@ def _replace_in_lists(module: nn.Module, stacks: dict[Tensor, Tensor]) -> None:
                 value[:] = [stacks.get(item, item) if isinstance(item, Tensor) else item for item in value]
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def copied(module: nn.Module) -> nn.Module:
     """A deep copy. Derived attributes (weight norm) are no leaves, which deepcopy refuses to copy."""
     attributes = [value for owner in module.modules() for value in owner.__dict__.values()]
     return copy.deepcopy(module, {id(v): v for v in attributes if isinstance(v, Tensor) and not v.is_leaf})
@@ -200,7 +227,7 @@ def module_at(stack: nn.Module, base: type[nn.Module], index: int, how: Stacking
     sizes = sizes_of(stack, how)
     module = base.__new__(base)
     memo: dict[int, Any] = {id(stack): module}
-    for _, owner, store, key, tensor in _located(stack):
+    for _, owner, store, key, tensor in located(stack):
         if id(tensor) in memo:
             continue
         axis = how.axis(owner, store, key)
@@ -214,6 +241,11 @@ def module_at(stack: nn.Module, base: type[nn.Module], index: int, how: Stacking
     return module
 
 
+def is_pending(module: nn.Module) -> bool:
+    """Whether ``module`` is a stack that waits for its size."""
+    return PENDING in module.__dict__
+
+
 def sizes_of(stack: nn.Module, how: Stacking) -> tuple[int, ...]:
     """The sizes of a stack, read off its tensors: how many modules there are on each stacked axis."""
     if is_pending(stack):
@@ -222,7 +254,7 @@ def sizes_of(stack: nn.Module, how: Stacking) -> tuple[int, ...]:
             "the class is lifted"
         )
     levels = how.levels
-    for _, owner, store, key, tensor in _located(stack):
+    for _, owner, store, key, tensor in located(stack):
         axis = how.axis(owner, store, key)
         if axis is not None:
             at = axis % (tensor.ndim - levels + 1)
@@ -232,15 +264,15 @@ def sizes_of(stack: nn.Module, how: Stacking) -> tuple[int, ...]:
     return how.sizes
 
 
-def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Callable[[Any], Any]) -> None:
+def map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Callable[[Any], Any]) -> None:
     """Runs ``fn`` on each module of a stack, on views, and brings back what it rebound."""
     sizes = sizes_of(stack, how)
     for index in range(math.prod(sizes)):
         module = module_at(stack, base, index, how, share=True)
-        before = {name: (tensor, tensor.data_ptr()) for name, *_, tensor in _located(module)}
+        before = {name: (tensor, tensor.data_ptr()) for name, *_, tensor in located(module)}
         fn(module)
-        places = {name: (owner, store, key) for name, owner, store, key, _ in _located(stack)}
-        for name, *_, tensor in _located(module):
+        places = {name: (owner, store, key) for name, owner, store, key, _ in located(stack)}
+        for name, *_, tensor in located(module):
             old, address = before.get(name, (None, 0))
             if tensor is not old or tensor.data_ptr() != address:  # the latter where `.data` was set
                 owner, store, key = places[name]
@@ -252,121 +284,6 @@ def _map_indices(stack: nn.Module, base: type[nn.Module], how: Stacking, fn: Cal
                     else _select(whole, axis % (whole.ndim - len(sizes) + 1), index, sizes)
                 )
                 place.copy_(tensor.detach())
-
-
-# Members of lifted classes -------------------------------------------------------------------------------------------
-
-
-def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
-    """What a lifted class with stacked variables has of its own: construction, and everything that is per index."""
-
-    def __init__(self: nn.Module, /, *args: Any, **kwargs: Any) -> None:
-        if how.sizes is None:
-            _postpone(self, base, args, kwargs, how)
-        else:
-            fill(self, _built(base, args, kwargs, how), how.sizes, how)
-
-    def from_modules(cls: type[nn.Module], modules: Iterable[nn.Module]) -> nn.Module:
-        """One instance from existing modules, whose tensors are copied."""
-        given = list(modules)
-        _check_classes(how.label, given, base)
-        sizes = how.sizes if how.sizes is not None else (len(given),)
-        if math.prod(sizes) != len(given) or not given:
-            raise AxisError(f"{how.label}: got {len(given)} modules, expected {math.prod(sizes) or 'at least one'}")
-        stack = cls.__new__(cls)
-        fill(stack, iter([_copied(given[0]), *given[1:]]), sizes, how)
-        return stack
-
-    def to_modules(self: nn.Module) -> list[nn.Module]:
-        """The modules one by one, each with tensors of its own."""
-        count = math.prod(sizes_of(self, how))
-        return [module_at(self, base, index, how, share=False) for index in range(count)]
-
-    def apply(self: nn.Module, fn: Callable[[nn.Module], Any]) -> nn.Module:
-        """``nn.Module.apply`` of each module by itself: an initialiser sees the shapes of one layer."""
-        _map_indices(self, base, how, lambda module: module.apply(fn))
-        return self
-
-    def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
-        if _PENDING in self.__dict__:
-            for name, owner, store, key, _ in _located(self):
-                axis = how.axis(owner, store, key)
-                if axis is not None and prefix + name in state_dict:
-                    materialize(self, state_dict[prefix + name].shape[axis])
-                    break
-        super(cls_of(self), self)._load_from_state_dict(state_dict, prefix, *rest)
-
-    def cls_of(self: nn.Module) -> Any:
-        return next(c for c in type(self).__mro__ if c.__dict__.get("_torchlift_base") is base)
-
-    found: dict[str, Any] = {
-        "__init__": __init__,
-        "from_modules": classmethod(from_modules),
-        "to_modules": to_modules,
-        "apply": apply,
-        "_load_from_state_dict": _load_from_state_dict,
-        "_torchlift_base": base,
-        "_torchlift_stacking": how,
-    }
-    if hasattr(base, "reset_parameters"):
-
-        def reset_parameters(self: nn.Module) -> None:
-            _map_indices(self, base, how, lambda module: module.reset_parameters())
-
-        found["reset_parameters"] = reset_parameters
-    __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]  # for help() and inspect.signature
-    return found
-
-
-def _built(base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> Iterator[nn.Module]:
-    """Instances of ``base``, one index after the other; the draws of all are the same unless ``params`` is split."""
-    split = how.groups.splits(rng.PARAMS)
-    start = rng.default_states()
-    while True:
-        if not split:
-            rng.write_states(start)
-        yield base(*args, **kwargs)
-
-
-# Size not known yet --------------------------------------------------------------------------------------------------
-
-
-def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> None:
-    """NOTE [Lazy size]. As torch's lazy modules: the parameters exist, uninitialised, so that an optimizer may hold
-    them; the first call or ``load_state_dict`` tells the size, and then each index is built."""
-    before = rng.default_states()
-    one = base(*args, **kwargs)
-    rng.write_states(before)  # it is there for its names only: the stack's own construction draws
-    object.__setattr__(stack, "__dict__", one.__dict__)
-    how.change_metadata(metadata.added, one)
-    parameter: Any = nn.UninitializedParameter  # torch's own annotations know neither by its arguments
-    buffer: Any = nn.UninitializedBuffer
-    for _, owner, store, key, tensor in list(_located(one)):
-        like = {"device": tensor.device, "dtype": tensor.dtype}
-        is_parameter = isinstance(tensor, nn.Parameter)
-        owner.__dict__[store][key] = parameter(tensor.requires_grad, **like) if is_parameter else buffer(**like)
-    stack.__dict__[_PENDING] = (base, args, kwargs)
-
-
-def is_pending(module: nn.Module) -> bool:
-    """Whether ``module`` is a stack that waits for its size."""
-    return _PENDING in module.__dict__
-
-
-def materialize(stack: nn.Module, size: int) -> None:
-    """Builds a stack that waited for its size, into the parameters that it already has."""
-    base, args, kwargs = stack.__dict__[_PENDING]
-    how: Stacking = type(stack)._torchlift_stacking  # type: ignore[attr-defined]
-    new = type(stack).__new__(type(stack))
-    fill(new, _built(base, args, kwargs, how), (size,), how)
-    built = {name: tensor for name, *_, tensor in _located(new)}
-    for name, _, _, _, lazy in list(_located(stack)):
-        source = built[name]
-        if isinstance(lazy, _compat.UninitializedTensor):
-            lazy.materialize(source.shape, device=lazy.device, dtype=lazy.dtype)
-            with torch.no_grad():
-                lazy.copy_(source)
-    del stack.__dict__[_PENDING]
 
 
 # Stacks for the function forms ---------------------------------------------------------------------------------------
@@ -384,6 +301,7 @@ def stack_modules(modules: Iterable[nn.Module], axis: int = 0) -> nn.Module:
         nothing of the axis.
 
     Raises:
+        TransformTargetError: what is given are no modules.
         LayerMismatchError: the modules differ in class, names, shapes, dtypes or ``requires_grad``.
         AxisError: there are no modules.
 
@@ -394,13 +312,13 @@ def stack_modules(modules: Iterable[nn.Module], axis: int = 0) -> nn.Module:
         >>> both(stack, torch.ones(2)).shape
         torch.Size([3, 2])
     """
-    given = list(modules)
+    given = listed("stack_modules", modules)
     if not given:
         raise AxisError("stack_modules: got no modules, expected at least one")
-    _check_classes("stack_modules", given, class_of(given[0]))
+    check_classes("stack_modules", given, class_of(given[0]))
     stack = copy.copy(given[0])
     how = Stacking(Groups("stack_modules", {True: axis}), (len(given),))
-    fill(stack, iter([_copied(given[0]), *given[1:]]), (len(given),), how)
+    fill(stack, iter([copied(given[0]), *given[1:]]), (len(given),), how)
     stack.__dict__["_torchlift_stack"] = how
     stack.register_forward_pre_hook(_refuse_call)
     return stack
@@ -434,7 +352,7 @@ def unstack_modules(stack: nn.Module) -> list[nn.Module]:
         >>> all(torch.equal(a.weight, b.weight) for a, b in zip(layers, again))
         True
     """
-    how = stack.__dict__.get("_torchlift_stack")
+    how = getattr(stack, "_torchlift_stack", None)
     if how is None:
         raise StackedModuleError(
             f"unstack_modules: got a {type(stack).__name__}, expected what stack_modules returned; an instance of a "

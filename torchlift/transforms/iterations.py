@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, _tree, fingerprint, metadata, rng, stacking
+from torchlift import _compat, _tree, fingerprint, metadata, rng, stacked_classes, stacking
 from torchlift._context import entered
 from torchlift.engine import loop
 from torchlift.engine.opaque import opaque_run
@@ -70,7 +70,7 @@ class Iterations:
         self.label, self.levels, self.groups, self.transform = label, levels, groups, transform
         if stacking.is_pending(module):
             leaves, _ = _tree.flatten((args, kwargs))
-            stacking.materialize(module, _length(label, sizes, [], [], [], leaves, axes, 1)[0])
+            stacked_classes.materialize(module, _length(label, sizes, [], [], [], leaves, axes, 1)[0])
         self.packed = packed = Packed(fn, module, args, kwargs, label, inside)
         self.roles = packed.group(groups.role)
         packed.allow(lambda c: groups.role(c).writable, _how_to_write)

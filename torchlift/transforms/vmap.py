@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, _tree, axes, metadata, rng, stacking
+from torchlift import _compat, _tree, axes, metadata, rng, stacked_classes, stacking
 from torchlift.engine.run import Report, record
 from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, TorchliftWarning, warn
 from torchlift.groups import Groups
@@ -50,7 +50,7 @@ class _Vmap(Transform):
         leaf_axes = _argument_axes(self.in_axes, args, kwargs, label)
         if stacking.is_pending(module):
             leaves, _ = _tree.flatten((args, kwargs))
-            stacking.materialize(module, self._size([], [], [], leaves, leaf_axes, label))
+            stacked_classes.materialize(module, self._size([], [], [], leaves, leaf_axes, label))
         packed = Packed(fn, module, args, kwargs, label, inside)
         roles = packed.group(groups.role)
         packed.allow(lambda c: groups.role(c).writable, lambda c: f"give it an axis: variable_axes={{{c!r}: 0}}")
