@@ -170,7 +170,7 @@ def test_no_ys_and_no_xs():
         ),
         (
             lambda: scan(lambda m, c, x: (c, x), in_axes="0")(Cell(), 0, torch.ones(2)),
-            "argument leaf 1 has shape .*, which has no axis '0'",
+            "in_axes has '0', expected ints and broadcast and None",
         ),
         (
             lambda: scan(lambda m, c, x: (c, x), in_axes=(0, 0))(Cell(), 0, torch.ones(2)),

@@ -136,7 +136,8 @@ def lift_class(
 def _new_class(
     make: Callable[..., Transform], base: type[nn.Module], arguments: dict[str, Any], methods: Any
 ) -> type[nn.Module]:
-    per_method = {method: make(**{**arguments, **own}) for method, own in _normalise(make, base, methods).items()}
+    methods_and_own = _normalise(make, base, arguments, methods)
+    per_method = {method: make(**{**arguments, **own}) for method, own in methods_and_own.items()}
     transforms = list(per_method.values())
     namespace: dict[str, Any] = {
         "__doc__": base.__doc__,
@@ -152,19 +153,29 @@ def _new_class(
     return cls
 
 
-def _normalise(make: Callable[..., Transform], base: type, methods: Any) -> Mapping[str, dict[str, Any]]:
+def _normalise(
+    make: Callable[..., Transform], base: type, arguments: Mapping[str, Any], methods: Any
+) -> Mapping[str, dict[str, Any]]:
+    """The arguments of each method that are its own."""
     name = make.__name__.lower().strip("_")
     if methods is None:
         methods = ["forward"]
-    if isinstance(methods, str) or not isinstance(methods, (list, tuple, dict)):
+    if not isinstance(methods, (list, tuple, dict)) or not methods:
         raise TransformTargetError(
             f"{name}({base.__name__}): methods is {methods!r}, expected None, a list of method names, or a dict of "
             "method names to arguments"
         )
-    for method in methods:
-        if not callable(getattr(base, method, None)):
+    found = dict(methods) if isinstance(methods, dict) else {method: {} for method in methods}
+    for method, own in found.items():
+        fn = inspect.getattr_static(base, method, None) if isinstance(method, str) else None
+        if not callable(fn) or isinstance(fn, (staticmethod, type)):
             raise TransformTargetError(f"{name}({base.__name__}): there is no method {method!r} to lift")
-    return dict(methods) if isinstance(methods, dict) else {method: {} for method in methods}
+        if not isinstance(own, Mapping) or not set(own) <= set(arguments):
+            raise TransformTargetError(
+                f"{name}({base.__name__}): methods[{method!r}] is {own!r}, expected a dict with some of "
+                f"{list(arguments)}"
+            )
+    return found
 
 
 # NOTE [Found by name]. Dynamo wraps what it finds in a global, but not what the method of a bound module, which it made

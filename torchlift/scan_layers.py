@@ -17,6 +17,7 @@ from torchlift.engine.trees import Parts, split
 from torchlift.errors import (
     CarryError,
     LayerMismatchError,
+    OptionError,
     TorchliftCompileWarning,
     UnsupportedError,
     warn,
@@ -24,6 +25,7 @@ from torchlift.errors import (
 from torchlift.pack import Meta, Packed, Update
 from torchlift.stacking import listed
 from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
+from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
 from torchlift.variables import class_of, own_tensors
 
 
@@ -35,6 +37,16 @@ class ScanLayers(nn.ModuleList):
         every: int = 1, lengths: Sequence[int] | None = None, compile: bool | dict[str, Any] = True,
         unroll: int | str = 1, scanned_attributes: Sequence[str] = (),
     ):  # fmt: skip
+        check_policy(policy, "scan_layers: policy")
+        check_count(every, "scan_layers: every")
+        check_compile(compile, "scan_layers: compile=")
+        if lengths is not None:
+            check_lengths(lengths, "scan_layers: lengths")
+        if isinstance(scanned_attributes, str):
+            raise OptionError(
+                f"scan_layers: scanned_attributes is {scanned_attributes!r}, expected a list of names: "
+                f"[{scanned_attributes!r}]"
+            )
         super().__init__(layers)
         self.remat, self.policy, self.every, self.lengths = remat, policy, every, lengths
         self.compile_options, self.unroll, self.scanned_attributes = compile, unroll, tuple(scanned_attributes)

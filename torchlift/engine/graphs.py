@@ -16,6 +16,9 @@ from torchlift.errors import OptionError
 Boxed = Callable[[list[Any]], Any]  # takes a list, which it empties
 
 
+OPTIONS = ("backend", "mode", "options", "dynamic", "fullgraph")  # that a dict for ``compile=`` may have
+
+
 @dataclass(frozen=True)
 class Backend:
     """What the ``compile`` argument asks for; options of ``torch.compile``."""
@@ -30,15 +33,12 @@ class Backend:
         """Reads ``compile=``; unknown keys are refused."""
         if not isinstance(compile, dict):
             return Backend()
-        given = dict(compile)
-        given.pop("fullgraph", None)  # a body is always captured whole
-        name = given.pop("backend", "inductor")
-        mode = given.pop("mode", None)
-        options = tuple(sorted((given.pop("options", None) or {}).items()))
-        dynamic = given.pop("dynamic", None)
-        if given:
-            raise OptionError(f"compile= has {sorted(given)}, expected backend, mode, options, dynamic, fullgraph")
-        return Backend(name, mode, options, dynamic)
+        unknown = [key for key in compile if key not in OPTIONS]
+        if unknown:
+            raise OptionError(f"compile= has {unknown}, expected {', '.join(OPTIONS)}")
+        options = tuple(sorted((compile.get("options") or {}).items()))
+        # Nothing is made of `fullgraph`: a body is always captured whole.
+        return Backend(compile.get("backend", "inductor"), compile.get("mode"), options, compile.get("dynamic"))
 
     @property
     def inductor(self) -> bool:

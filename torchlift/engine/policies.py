@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from torchlift import _compat
 from torchlift._compat import pytree
-from torchlift.errors import UnsupportedError
+from torchlift.errors import OptionError, UnsupportedError
 
 Policy = Callable[..., CheckpointPolicy | bool]
 T = TypeVar("T")
@@ -35,6 +35,11 @@ def verdict_of(policy: Policy, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> 
     verdict = policy(ctx, op, *args, **kwargs)
     if isinstance(verdict, CheckpointPolicy):
         return verdict
+    if not isinstance(verdict, bool):
+        raise OptionError(
+            f"policy={getattr(policy, '__name__', policy)!s} returned a {type(verdict).__name__}, expected a bool or a "
+            "CheckpointPolicy; one that is made of names is called with them: save_only_these_names('name')"
+        )
     return CheckpointPolicy.MUST_SAVE if verdict else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -17,6 +17,7 @@ from torchlift.engine import loop
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import run
 from torchlift.errors import (
+    ArgumentError,
     AxisError,
     CarryError,
     IterationError,
@@ -28,6 +29,7 @@ from torchlift.errors import (
 from torchlift.groups import Groups, Role
 from torchlift.pack import Change, Meta, Packed, Update
 from torchlift.transforms.compiling import constant, results, token
+from torchlift.transforms.options import check_axes
 from torchlift.variables import ATTRIBUTE
 
 
@@ -189,7 +191,13 @@ class Iterations:
                 entry = self.packed.entries[at]
                 tree.setdefault(entry.collection, {})[entry.name] = tensors[at]
         streams = tuple({name: where} for name, where in rng.positions().items())
-        changed, _ = self.transform(tuple(trees), streams)
+        found = self.transform(tuple(trees), streams)
+        if not _is_like(found, trees):
+            raise ArgumentError(
+                f"{self.label}: data_transform returned {type(found).__name__}, expected (variable_groups, rng_groups) "
+                "with every variable of the groups that it got"
+            )
+        changed, _ = found
         new = list(tensors)
         for tree, places in zip(changed, groups, strict=True):
             for at in places:
@@ -296,6 +304,7 @@ class Iterations:
         tree = _tree.unflatten(leaves, static.ys)
         out_axes = tuple(out_axes) if isinstance(out_axes, list) else out_axes
         axes = _tree.broadcast_prefix(out_axes, tree, f"{self.label}: out_axes")
+        check_axes(axes, f"{self.label}: out_axes", (broadcast, None))
         names = _tree.paths(tree) if any(axis is broadcast for axis in axes) else [""] * len(axes)
         placed = [self._placed_leaf(leaf, axis, name) for leaf, axis, name in zip(leaves, axes, names, strict=True)]
         return _tree.unflatten(placed, static.ys)
@@ -305,11 +314,27 @@ class Iterations:
             return leaf
         if axis is not broadcast and axis is not None:
             return self._to_place(leaf, axis)
-        if not _compat.is_tracing() and leaf.shape[0] and not _compat.all_equal(leaf):
+        if not leaf.shape[0]:
+            raise AxisError(
+                f"{self.label}: ys{name} has no value, since there is no iteration; expected at least one where the "
+                f"out axis is {axis!r}: give it an axis"
+            )
+        if not _compat.is_tracing() and not _compat.all_equal(leaf):
             raise AxisError(
                 f"{self.label}: ys{name} differs between iterations, but its out axis is {axis!r}; give it an axis"
             )
         return leaf[0]
+
+
+def _is_like(found: Any, groups: Sequence[Any]) -> bool:
+    """Whether what a ``data_transform`` returned has all that it was given."""
+    if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[0], (tuple, list)):
+        return False
+    return len(found[0]) == len(groups) and all(
+        isinstance(new, Mapping)
+        and all(name in new.get(collection, ()) for collection in old for name in old[collection])
+        for new, old in zip(found[0], groups, strict=True)
+    )
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -370,9 +395,9 @@ def _length(
                 raise AxisError(f"{where} has {_plain(got)} on axis {axis}, expected {_plain(sizes)}")
     for number, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
         if isinstance(leaf, Tensor) and axis is not broadcast and axis is not None:
-            if not isinstance(axis, int) or not -leaf.ndim <= axis < leaf.ndim:
+            if not -leaf.ndim <= axis < leaf.ndim:
                 shape = tuple(leaf.shape)
-                raise AxisError(f"{label}: argument leaf {number} has shape {shape}, which has no axis {axis!r}")
+                raise AxisError(f"{label}: argument leaf {number} has shape {shape}, which has no axis {axis}")
             found[f"argument leaf {number} (axis {axis})"] = (leaf.shape[axis],)
     if not found:
         raise AxisError(f"{label}: nothing is scanned over, so the length is not known; pass length=")

@@ -14,6 +14,7 @@ from torchlift.engine.remat import checkpointed, is_recomputing
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Meta, Packed, Update
+from torchlift.transforms.options import check_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class _Remat(Transform):
     variables: Filter = True
     rngs: Filter = True
     policy: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy, "remat: policy")
 
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None

@@ -17,6 +17,14 @@ from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.transforms.compiling import fleshed, register, skeleton
 from torchlift.transforms.iterations import Iterations, broadcast, warn_plain
+from torchlift.transforms.options import (
+    check_axes,
+    check_callable,
+    check_compile,
+    check_lengths,
+    check_policy,
+    check_size,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,11 @@ class _Scan(_Loop):
     metadata_params: Mapping[Any, Any] = field(default_factory=dict)
     compile: Any = True
 
+    def __post_init__(self) -> None:
+        check_size(self.length, "scan: length")
+        check_compile(self.compile, "scan: compile=")
+        check_callable(self.data_transform, "scan: data_transform", "a function of (variable_groups, rng_groups)")
+
     @property
     def sizes(self) -> tuple[int, ...] | None:
         return None if self.length is None else (self.length,)
@@ -81,6 +94,7 @@ class _Scan(_Loop):
     ) -> Iterations:  # fmt: skip
         in_axes = tuple(self.in_axes) if isinstance(self.in_axes, list) else self.in_axes
         axes = _tree.broadcast_prefix(in_axes, args[1:], f"{label}: in_axes")
+        check_axes(axes, f"{label}: in_axes", (broadcast, None))
         axes = [*[broadcast] * len(_tree.flatten(args[0])[0]), *axes, *[broadcast] * len(_tree.flatten(kwargs)[0])]
         return Iterations(
             self.groups(label), fn, module, args, kwargs, label, inside, axes, self.sizes,
@@ -93,6 +107,10 @@ class _Remat_scan(_Loop):
     lengths: tuple[int, ...] = ()
     policy: Callable[..., Any] | None = None
     compile: Any = True
+
+    def __post_init__(self) -> None:
+        check_compile(self.compile, "remat_scan: compile=")
+        check_policy(self.policy, "remat_scan: policy")
 
     @property
     def sizes(self) -> tuple[int, ...] | None:
@@ -281,6 +299,7 @@ def remat_scan(
         >>> deep.weight.shape, deep(torch.ones(2, 8)).shape
         (torch.Size([3, 4, 8, 8]), torch.Size([2, 8]))
     """
+    check_lengths(lengths, "remat_scan: lengths")
     if not lengths:
         raise AxisError("remat_scan: lengths is empty, expected the number of iterations at each level, as in (4, 6)")
     arguments = {

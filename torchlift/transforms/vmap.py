@@ -15,6 +15,7 @@ from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, 
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import WRITES_SHARED, Packed, Update
+from torchlift.transforms.options import check_axes, check_count, check_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,11 @@ class _Vmap(Transform):
     spmd_axis_name: str | None = None
     metadata_params: Mapping[Any, Any] = field(default_factory=dict)
     chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_size(self.axis_size, "vmap: axis_size")
+        if self.chunk_size is not None:
+            check_count(self.chunk_size, "vmap: chunk_size")
 
     def groups(self, label: str) -> Groups:
         return Groups(label, self.variable_axes, split_rngs=self.split_rngs)
@@ -158,9 +164,7 @@ def _argument_axes(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
     found = _tree.broadcast_prefix(in_axes, args, f"{label}: in_axes")
-    for axis in found:
-        if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
-            raise AxisError(f"{label}: in_axes has {axis!r}, expected ints and None")
+    check_axes(found, f"{label}: in_axes")
     return found + [0] * len(_tree.flatten(kwargs)[0])
 
 
@@ -211,6 +215,7 @@ class _Run:
         is_leaf = self._is_column
         out_leaves, out_spec = _tree.flatten(out, is_leaf)
         axes_out = _tree.broadcast_prefix(self.out_axes, out, f"{self.groups.label}: out_axes", is_leaf)
+        check_axes(axes_out, f"{self.groups.label}: out_axes")
         out = [self._place(leaf, axis, "an output") for leaf, axis in zip(out_leaves, axes_out, strict=True)]
         changed = [
             self._place(value, self.groups.role(change.collection).out_axis, f"{change.key!r} of {change.collection!r}")
@@ -233,6 +238,11 @@ class _Run:
             return column
         value, mapped = column
         if axis is None:
+            if self.size == 0:
+                raise AxisError(
+                    f"{self.groups.label}: {what} has no value, since the axis has no index: give it an axis, expected "
+                    "where its axis is None is at least one"
+                )
             if mapped:
                 raise AxisError(
                     f"{self.groups.label}: {what} differs from index to index, but its axis is None; give it an axis"

@@ -1,0 +1,60 @@
+"""What the arguments of transforms may be, checked where a transform is made and not where torch trips over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchlift.engine.graphs import OPTIONS
+from torchlift.errors import AxisError, OptionError
+
+
+def check_size(size: Any, where: str) -> None:
+    """A number of indices or iterations; None where it is to be read off."""
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 0):
+        return
+    if not isinstance(size, torch.SymInt):
+        raise AxisError(f"{where} is {size!r}, expected an int from 0 on")
+
+
+def check_count(count: Any, where: str) -> None:
+    """A number of which there is at least one."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise OptionError(f"{where} is {count!r}, expected an int from 1 on")
+
+
+def check_lengths(lengths: Any, where: str) -> None:
+    """The sizes of a nest of loops."""
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise AxisError(f"{where} is {lengths!r}, expected the number of iterations at each level, as in (4, 6)")
+    for at, length in enumerate(lengths):
+        check_size(length, f"{where}[{at}]")
+
+
+def check_compile(compile: Any, where: str) -> None:
+    """Whether, or with which options, a loop is compiled."""
+    if not isinstance(compile, (bool, dict)):
+        raise OptionError(f"{where} is {compile!r}, expected True, False, or a dict of options of torch.compile")
+    unknown = [] if isinstance(compile, bool) else [key for key in compile if key not in OPTIONS]
+    if unknown:
+        raise OptionError(f"{where} has {unknown}, expected {', '.join(OPTIONS)}")
+
+
+def check_callable(fn: Any, where: str, what: str) -> None:
+    """A function, or None."""
+    if fn is not None and not callable(fn):
+        raise OptionError(f"{where} is {fn!r}, expected {what}")
+
+
+def check_policy(policy: Any, where: str) -> None:
+    """A policy of what is kept for backward, or None."""
+    check_callable(policy, where, "one of torchlift.checkpoint_policies, or a function like them")
+
+
+def check_axes(axes: Sequence[Any], where: str, others: Sequence[Any] = (None,)) -> None:
+    """Axes of arguments or outputs: ints, and what is in ``others``."""
+    for axis in axes:
+        if not any(axis is other for other in others) and (not isinstance(axis, int) or isinstance(axis, bool)):
+            raise AxisError(f"{where} has {axis!r}, expected ints and {' and '.join(map(repr, others))}")
