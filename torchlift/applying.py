@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchlift._context import context, entered
-from torchlift.errors import VariableNameError
+from torchlift.errors import ArgumentError, TransformTargetError, VariableNameError
 from torchlift.filters import Filter, check, matches
 from torchlift.pack import Packed
 from torchlift.rng import seed_rngs
@@ -44,6 +44,7 @@ def apply(
         variables of the mutable collections, with their graph, and what was sown in them (tuples).
 
     Raises:
+        ArgumentError: the variables are no tensors in collections.
         VariableNameError: a name is given that the module does not have.
         ModifyCollectionError: a variable changed whose collection is not mutable.
 
@@ -54,6 +55,13 @@ def apply(
         (tensor([0.1000, 0.1000]), tensor([0., 0.]))
     """
     label = f"apply({type(module).__name__})"
+    if not isinstance(module, nn.Module):
+        raise TransformTargetError(f"{label}: got {module!r}, expected an nn.Module: apply(module, variables, ...)")
+    if not isinstance(variables, Mapping) or not all(isinstance(named, Mapping) for named in variables.values()):
+        raise ArgumentError(
+            f"{label}: got variables of type {type(variables).__name__}, expected {{collection: {{name: tensor}}}}; "
+            "parameters alone are {'params': {name: tensor}}"
+        )
     check(mutable, f"{label}: mutable")
     outer = context.captures
     frames = (*outer, Capture(mutable)) if mutable is not False else outer
@@ -84,10 +92,10 @@ def apply(
 def _method(module: nn.Module, method: Any) -> Callable[..., Any]:
     if method is None:
         return lambda m, /, *args, **kwargs: m(*args, **kwargs)
+    found = getattr(type(module), method, None) if isinstance(method, str) else method
+    if not callable(found):
+        raise VariableNameError(f"apply({type(module).__name__}): there is no method {method!r}")
     if isinstance(method, str):
-        found = getattr(type(module), method, None)
-        if not callable(found):
-            raise VariableNameError(f"apply({type(module).__name__}): there is no method {method!r}")
         return found
     return method.__func__ if isinstance(method, types.MethodType) else method
 
@@ -107,11 +115,26 @@ def _overridden(packed: Packed, variables: Mapping[str, Mapping[str, Tensor]]) -
     tensors = list(packed.tensors)
     for collection, named in variables.items():
         for name, tensor in named.items():
-            if (collection, name) not in places:
+            at = places.get((collection, name))
+            if at is None:
+                at = places.get((collection, _first_name(packed, name)))
+            if at is None:
                 known = sorted(known for c, known in places if c == collection)
                 raise VariableNameError(
                     f"{packed.label}: got a variable {name!r} of collection {collection!r}, expected one of "
                     f"{known or sorted({c for c, _ in places})}"
                 )
-            tensors[places[collection, name]] = tensor
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError(
+                    f"{packed.label}: got {type(tensor).__name__} for the variable {name!r} of collection "
+                    f"{collection!r}, expected a tensor"
+                )
+            tensors[at] = tensor
     return tensors
+
+
+def _first_name(packed: Packed, name: str) -> str:
+    """The name that a variable has under the first name of its module, which may be a part in several places."""
+    path, _, key = name.rpartition(".")
+    owner = dict(packed.roots[0].named_modules(remove_duplicate=False)).get(path)
+    return next((node.dotted(key) for node in packed.nodes if node.module is owner), name)

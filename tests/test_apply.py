@@ -1,0 +1,52 @@
+"""What ``apply`` takes: names by any path, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from torchlift import ArgumentError, TransformTargetError, VariableNameError, apply
+
+
+class Twice(nn.Module):
+    """One layer in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(2, 2))
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("name", ["a.0.weight", "b.0.weight"])
+def test_a_part_in_two_places_is_known_by_both_names(name):
+    module, new, x = Twice(), torch.randn(2, 2), torch.randn(3, 2)
+    expected = torch.func.functional_call(module, {name: new}, (x,))
+    torch.testing.assert_close(apply(module, {"params": {name: new}}, x), expected)
+    with pytest.raises(VariableNameError, match="'b.0.scale' of collection 'params', expected one of"):
+        apply(module, {"params": {"b.0.scale": new}}, x)
+
+
+@pytest.mark.parametrize("given", [None, {"0.weight": torch.ones(2, 2)}, [("params", {})]])
+def test_variables_are_tensors_in_collections(given):
+    match = re.escape("apply(Linear): got variables of type ") + ".*" + re.escape("{'params': {name: tensor}}")
+    with pytest.raises(ArgumentError, match=match):
+        apply(nn.Linear(2, 2), given, torch.ones(2))
+    with pytest.raises(
+        ArgumentError, match="got float for the variable 'weight' of collection 'params', expected a te"
+    ):
+        apply(nn.Linear(2, 2), {"params": {"weight": 1.0}}, torch.ones(2))
+
+
+@pytest.mark.parametrize("method", ["none", 3])
+def test_methods_that_are_none(method):
+    with pytest.raises(VariableNameError, match=rf"apply\(Linear\): there is no method {method!r}"):
+        apply(nn.Linear(2, 2), {}, torch.ones(2), method=method)
+
+
+def test_a_class_is_no_module():
+    with pytest.raises(TransformTargetError, match="got <class .*Linear'>, expected an nn.Module"):
+        apply(nn.Linear, {}, torch.ones(2))
