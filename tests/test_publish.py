@@ -8,7 +8,7 @@ from torch import func, nn
 from ways import NOT_MUTABLE, SIZE, WAYS, Net, clone, close, every_eager_way, every_way
 
 import torchlift
-from torchlift import apply, remat, scan, variable, vmap
+from torchlift import Variable, apply, remat, scan, variable, vmap
 from torchlift.errors import ModifyCollectionError, PlainAttributeError, PublishError, UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -171,3 +171,38 @@ def test_statistics_are_written_as_batch_norm_writes_them(lift):
         (norm(x).square().sum() + again(2 * x).pow(3).sum()).backward()
         found.append([norm.weight.grad, *norm.buffers()])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["vmap", "remat", "scan", "scan aot"])
+def test_a_parameter_set_through_its_variable_is_published_once(way):
+    class Growing(nn.Linear):
+        def forward(self, x):
+            weight = Variable(self, "params", "weight")
+            weight.value = weight.value + 1
+            return super().forward(x).tanh()
+
+    AOT = {"backend": "aot_eager"}
+    step = lambda m, c: (m(c), None)
+    module, twin = Growing(SIZE, SIZE), Growing(SIZE, SIZE)
+    twin.load_state_dict(module.state_dict())
+    weight, x = module.weight, torch.randn(SIZE, requires_grad=True)
+    out = {
+        "vmap": lambda: vmap(lambda m, x: m(x), variable_axes={"params": None})(module, x[None])[0],
+        "remat": lambda: remat(lambda m, x: m(x))(module, x),
+        "scan": lambda: scan(step, variable_carry="params", length=1, compile=False)(module, x)[0],
+        "scan aot": lambda: scan(step, variable_carry="params", length=1, compile=AOT)(module, x)[0],
+    }[way]()
+    expected = twin(x)
+    close(out, expected)
+    assert module.weight is weight and torch.equal(weight, twin.weight)
+    if way in ("remat", "scan aot"):  # which keep the parameter for backward, and it is not what it was
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    else:
+        close(torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x))
+    read_only = scan(lambda m, c: (m(c), None), length=2, compile=False)
+    with pytest.raises(
+        ModifyCollectionError, match="changed 'weight' of collection 'params', which is read-only there"
+    ):
+        read_only(module, x)
+    assert torch.equal(weight, twin.weight)

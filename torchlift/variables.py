@@ -127,8 +127,9 @@ class Variable:
     def value(self, value: Tensor) -> None:
         store = self._store()
         value = torch.as_tensor(value)
-        if isinstance(store[self.name], nn.Parameter):
-            # Rebinding would leave the optimizer with a tensor that the module no longer uses.
+        if isinstance(store[self.name], nn.Parameter) and AT not in self.module.__dict__:
+            # Rebinding would leave the optimizer with a tensor that the module no longer uses. In a body it is seen,
+            # and published into the parameter.
             with torch.no_grad():
                 _compat.writable(store[self.name]).copy_(value)
         else:
