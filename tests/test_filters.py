@@ -201,3 +201,13 @@ def test_streams_follow_params(axes, splits, expected):
     groups = Groups("here", axes, split_rngs=splits)
     assert groups.splits("dropout") is expected
     assert ("dropout" in groups.untold_streams([])) == (expected is None)
+
+
+def test_a_deny_list_of_several_names_is_a_key():
+    assert (
+        {DenyList(["state", "buffers"]): 0}
+        == {DenyList({"buffers", "state"}): 0}
+        == {DenyList(["buffers", "state"]): 0}
+    )
+    stack = torchlift.vmap(nn.Linear, variable_axes={DenyList(["buffers", "state"]): 0}, axis_size=2)(3, 4)
+    assert stack.weight.shape == (2, 4, 3)

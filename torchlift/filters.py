@@ -26,6 +26,10 @@ class DenyList:
 
     deny: Filter
 
+    def __post_init__(self) -> None:
+        if isinstance(self.deny, (list, set)):  # a filter is a key of a dict
+            object.__setattr__(self, "deny", tuple(sorted(self.deny, key=str)))
+
 
 @dataclass(frozen=True)
 class In:
