@@ -165,3 +165,28 @@ def test_trees_pass_through_every_transform(wrap):
         assert spec == expected_spec
         for a, b in zip(got, expected):
             assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b
+
+
+class Output(collections.OrderedDict):
+    """As libraries of models make them: every field is an item too."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self[field.name] = getattr(self, field.name)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        self[name] = value
+
+
+@dataclasses.dataclass
+class Logits(Output):
+    logits: Any = None
+    hidden: Any = None
+
+
+@pytest.mark.parametrize("lifted", [torchlift.vmap, torchlift.remat])
+def test_a_model_output_keeps_its_items_in_step(lifted):
+    out = lifted(lambda m, x: Logits(2 * x))(nn.Identity(), torch.ones(3))
+    assert type(out) is Logits and out["logits"] is out.logits and out.hidden is None
+    assert torch.equal(out.logits, torch.full((3,), 2.0))

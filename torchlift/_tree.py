@@ -86,8 +86,10 @@ def unflatten(leaves: list[Any], spec: Spec) -> Any:
 def _replace(template: Any, names: tuple[str, ...], values: list[Any]) -> Any:
     # Not dataclasses.replace: it runs __post_init__ again, which may look at values that are tracers now.
     new = copy.copy(template)
+    # One that is a dict besides, such as a model output, has each field as an item too, and keeps them in step itself.
+    put = setattr if isinstance(new, dict) else object.__setattr__
     for name, value in zip(names, values, strict=True):
-        object.__setattr__(new, name, value)
+        put(new, name, value)
     return new
 
 
