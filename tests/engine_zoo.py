@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
+from torchlift import checkpoint_policies
 from torchlift.engine import compiled
 from torchlift.engine.run import Body, Stacked, last_report, run
 
@@ -143,6 +144,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "unroll": {"unroll": 3},
     "remat": {"remat": True},
     "every": {"remat": True, "every": 2},
+    "host": {"remat": checkpoint_policies.offload_carries},
     "nested": {"lengths": "nested"},
     "shared": {"shared_draws": True, "unroll": 2},
     "shared_remat": {"shared_draws": True, "remat": True},

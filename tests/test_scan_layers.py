@@ -24,6 +24,8 @@ MODES: dict[str, dict[str, Any]] = {
     "every": {"compile": AOT, "remat": True, "every": 4},
     "lengths": {"compile": AOT, "lengths": (2, 3)},
     "policy": {"compile": AOT, "policy": torchlift.checkpoint_policies.dots_saveable},
+    "host": {"compile": AOT, "policy": torchlift.checkpoint_policies.offload_carries},
+    "host plain": {"compile": False, "policy": torchlift.checkpoint_policies.offload_carries},
 }
 
 

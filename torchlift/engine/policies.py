@@ -201,6 +201,22 @@ class checkpoint_policies:
         return False
 
     @staticmethod
+    def offload_carries(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
+        """Keeps nothing of an iteration but its carry, and that in the CPU's memory until backward needs it.
+
+        For loops (``scan_layers``, ``remat_scan``, ``while_loop``): on the device a single carry is left, whatever the
+        depth. It is copied away while the next iteration computes, and back while the one after it is differentiated.
+        In a graph of ``torch.compile`` around the loop the carries stay where they are, as everything in one
+        transform, or inside of one, of ``torch.func`` does.
+
+        Example:
+            >>> keep = torchlift.checkpoint_policies.offload_carries
+            >>> blocks = torchlift.scan_layers([torch.nn.Linear(4, 4) for _ in range(6)], policy=keep, compile=False)
+            >>> blocks(torch.ones(2, 4)).sum().backward()
+        """
+        return False
+
+    @staticmethod
     def dots_saveable(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
         """Keeps the results of matrix products (``mm``, ``addmm``, ``bmm``, ``mv``, ``dot``, ...), not of convolutions.
 

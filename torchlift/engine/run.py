@@ -19,7 +19,9 @@ from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
 from torchlift.engine.node import Loop, run_forward, run_single
+from torchlift.engine.offload import carries_on_host
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
+from torchlift.engine.policies import checkpoint_policies
 from torchlift.engine.trees import Template, split, whole
 from torchlift.errors import TorchliftCompileWarning
 
@@ -106,7 +108,8 @@ def run(
     iteration starts from the same state of the generators. ``unroll`` iterations make one graph;
     ``"auto"`` picks how many.
 
-    ``remat=True`` keeps only the carries for backward, and a policy decides otherwise. ``lengths`` nests the
+    ``remat=True`` keeps only the carries for backward, and a policy decides otherwise (``offload_carries`` keeps them
+    in the host's memory). ``lengths`` nests the
     recomputation, ``every`` recomputes pieces of that many iterations.
 
     ``compile`` is False for the plain Python loop, True, or options of ``torch.compile``. Where a body cannot be
@@ -115,7 +118,18 @@ def run(
     check_arguments(body, xs, length, unroll, lengths)
     if lengths is not None and remat is None:
         remat = True
-    options = _Options(reverse, shared_draws, unroll, remat, None if lengths is None else tuple(lengths), every)
+    away = remat is checkpoint_policies.offload_carries
+    options = _Options(
+        reverse, shared_draws, unroll, away or remat, None if lengths is None else tuple(lengths), every
+    )  # fmt: skip
+    if not away or _compat.functorch_active():  # whose transforms refuse hooks
+        return _run(body, consts, carry, xs, length, options, compile)
+    trees = [consts, carry, *([xs.tree] if isinstance(xs, Stacked) else xs)]
+    with carries_on_host(tensor for tree in trees for tensor in split(tree)[0]):
+        return _run(body, consts, carry, xs, length, options, compile)
+
+
+def _run(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _Options, compile: Any) -> Any:
     reason, warn = _why_plain(length, compile)
     if reason is None:
         given = _Given.of(consts, carry, xs)
@@ -130,7 +144,7 @@ def run(
     # After the loop, so that an error of the body comes alone.
     if warn and body.key not in _warned:
         _warned.add(body.key)
-        warnings.warn(f"{body.name} runs as a plain Python loop: {reason}", TorchliftCompileWarning, stacklevel=3)
+        warnings.warn(f"{body.name} runs as a plain Python loop: {reason}", TorchliftCompileWarning, stacklevel=4)
     return out
 
 
