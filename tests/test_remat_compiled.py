@@ -81,6 +81,37 @@ def test_a_scan_of_remat_is_compiled_and_equals_the_plain_loop(form, policy):
     torch.testing.assert_close(got, outcome(plain, x), rtol=1e-12, atol=1e-12)
 
 
+class Attention(nn.Module):
+    def __init__(self, heads=2):
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+
+
+@pytest.mark.parametrize("policy", [None, CP.dots_saveable, CP.nothing_saveable], ids=lambda p: p and p.__name__)
+@pytest.mark.parametrize("where", ["around the layers", "inside of a layer"])
+def test_attention_without_dropout_is_computed_again(where, policy):
+    """It bears the tag of operators that draw, and draws nothing."""
+    x = torch.randn(2, 5, WIDTH, requires_grad=True)
+    results = []
+    for compile in (AOT, False):
+        torch.manual_seed(1)
+        if where == "around the layers":
+            layers = scan_layers([Attention() for _ in range(DEPTH)], remat=True, policy=policy, compile=compile)
+        else:
+            layers = scan_layers([remat(Attention, policy=policy)() for _ in range(DEPTH)], compile=compile)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", TorchliftCompileWarning)
+            out = layers(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layers.parameters()])])
+        if compile and policy is not None:
+            assert last_report().path == "compiled" and last_report().recomputed > 0
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_a_scan_of_remat_is_compiled_by_inductor():
     compiled, plain = both(remat(Step), True, 0.5)
     x = torch.randn(3, WIDTH)

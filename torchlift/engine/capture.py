@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
+from torchlift.engine.draws import draws, hide_undrawn, node_draws, show_undrawn
 from torchlift.engine.loop import Body, check_carry
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
@@ -111,7 +112,7 @@ class _Spy(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.random = self.random or _draws(func, args, kwargs)
+        self.random = self.random or draws(func, args, kwargs)
         # torch.tensor(3.0) in a body makes a real tensor and lifts it; that one is a constant of the graph.
         if func is not torch.ops.aten.lift_fresh.default:
             real = [t for t in pytree.tree_leaves((args, kwargs)) if _is_real(t)]
@@ -244,9 +245,12 @@ def trace(
     if not train:
         return Graphs(joint, None, list(fakes), [], count)
     _tag(joint, policy, regions.policies)
+    hide_undrawn(joint)
     holders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     names, vals = [node.name for node in holders], [node.meta["val"] for node in holders]
     fw, bw = _compat.partition(joint, vals, count, inductor)
+    for graph in (fw, bw):
+        show_undrawn(graph)
     return _wire(fw, bw, names[: len(fakes)], names[len(fakes) :], count, seen.requires_grad)
 
 
@@ -275,22 +279,6 @@ def _require_no_lost_gradient(joint: torch.fx.GraphModule) -> None:
 
 def _is_forward(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and node.meta.get("partitioner_tag") != "is_backward"
-
-
-def draws(node: torch.fx.Node) -> bool:
-    """Whether an operator of a graph draws from a generator."""
-    return isinstance(node.target, _compat.OpOverload) and _draws(node.target, node.args, node.kwargs)
-
-
-def _draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Attention operators bear the tag of those that draw, and draw only if their ``dropout_p`` is not 0."""
-    if torch.Tag.nondeterministic_seeded not in op.tags:
-        return False
-    for position, argument in enumerate(op._schema.arguments):
-        if argument.name == "dropout_p":
-            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
-            return given != 0.0
-    return True
 
 
 class _Regions:
@@ -325,7 +313,7 @@ def _tag(joint: torch.fx.GraphModule, policy: Policy | None, regions: list[Polic
         # A policy for whole iterations holds in the regions of a body too, as that of an outer region does.
         region = 0 if policy is not None else _compat.mark_of(node) or 0
         own = regions[region - 1] if region else policy
-        if draws(node):
+        if node_draws(node):
             node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, region
         elif own is not None:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
