@@ -464,6 +464,33 @@ def inductor_copies(op: Any) -> None:
             register_lowering(op, type_promotion_kind=None)(copy_of_first)
 
 
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.t() + bias`` of float32 by oneDNN; ``weight`` may lie in memory as it likes."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def inductor_products(op: Any) -> None:
+    """Makes Inductor call :func:`onednn_linear` for ``op(a, b, bias)``, which is ``a @ b + bias``.
+
+    Its own lowering of oneDNN's operator would first copy a weight that is transposed.
+    """
+    from torch._inductor import ir
+    from torch._inductor.lowering import lowerings, register_lowering
+
+    if op in lowerings:
+        return
+
+    def product(a: Any, b: Any, bias: Any) -> Any:
+        x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(a))
+        weight = lowerings[torch.ops.aten.permute.default](b, [1, 0])
+        return pytree.tree_map(
+            ir.TensorBox.create,
+            ir.FallbackKernel.create(torch.ops.mkldnn._linear_pointwise.default, x, weight, bias, "none", [], ""),
+        )
+
+    register_lowering(op, type_promotion_kind=None)(product)
+
+
 # --- collectives --------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine.capture import Graphs, stride_order
+from torchlift.engine.gemm import use_onednn
 from torchlift.errors import OptionError
 
 Boxed = Callable[[list[Any]], Any]  # takes a list, which it empties
@@ -80,6 +81,9 @@ def compile_graphs(
             if dense:
                 _make_dense(graphs, mode)
             return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
+    for graph in (graphs.fw, graphs.bw):
+        if graph is not None:
+            use_onednn(graph)
     fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None)
     if graphs.bw is None:
         return fw, None

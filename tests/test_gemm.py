@@ -1,0 +1,66 @@
+"""Products by oneDNN: the same to rounding, in the graphs of a compiled loop and nowhere else."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchlift import scan_layers
+from torchlift.engine import gemm
+
+aten = torch.ops.aten
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def slow_mkl(monkeypatch):
+    monkeypatch.setattr(gemm, "_mkl_is_slow", lambda: True)
+
+
+def products(x, w, row, full, small):
+    return [
+        aten.mm(x, w), aten.mm(x.t(), x), aten.addmm(row, x, w), aten.addmm(full, x, w), aten.addmm(full, x, w, beta=2),
+        aten.mm(small, small), aten.mm(x.double(), w.double()), aten.mm(x[:0], w),
+    ]  # fmt: skip
+
+
+def traced(dtype=torch.float32):
+    sizes = ((256, 128), (128, 64), (64,), (256, 64), (8, 8))
+    inputs = [torch.randn(*size, dtype=dtype) for size in sizes]
+    return torch.fx.experimental.proxy_tensor.make_fx(products, tracing_mode="fake")(*inputs), inputs
+
+
+def test_large_float32_products_are_replaced():
+    graph, inputs = traced()
+    expected = graph(*inputs)
+    gemm.use_onednn(graph)
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.torchlift.product.default) == 4
+    assert targets.count(aten.mm.default) == 3 and targets.count(aten.addmm.default) == 1
+    for got, wanted in zip(graph(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("off", ["other processors", "switched off", "float64"])
+def test_what_stays_as_it_is(off, monkeypatch):
+    graph, _ = traced(torch.float64 if off == "float64" else torch.float32)
+    before = str(graph.graph)
+    if off == "other processors":
+        monkeypatch.setattr(gemm, "_mkl_is_slow", lambda: False)
+    if off == "switched off":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    gemm.use_onednn(graph)
+    assert str(graph.graph) == before
+
+
+@pytest.mark.slow
+def test_a_compiled_loop_equals_the_plain_one():
+    def results(compile):
+        torch.manual_seed(1)
+        layers = [nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128), nn.Tanh()) for _ in range(3)]
+        module = scan_layers(layers, compile=compile)
+        x = torch.randn(128, 128, requires_grad=True)
+        out = module(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
+
+    for got, wanted in zip(results(True), results(False), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
