@@ -279,6 +279,7 @@ def capture_program(
             policy=request.policy,
         )
         orders = orders_of(graphs.bw_inputs, graphs.feeds, "tangent")
+        tangent_orders = {i: None if order == sorted(order) else order for i, order in orders.items()}
         saved = _saved_bytes(graphs)
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
@@ -289,7 +290,7 @@ def capture_program(
         fw=fw,
         bw=bw,
         feeds=graphs.feeds,
-        tangent_orders=orders,
+        tangent_orders=tangent_orders,
         shared_grads=graphs.shared_grads,
         steps=len(signature.xs),
         consts=a,

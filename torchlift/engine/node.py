@@ -128,7 +128,7 @@ class _Gradients:
 
     def tangent(self, program: Program, positions: range, i: int) -> torch.Tensor:
         """The gradient of the ``i``-th output of a chunk, laid out as the graph expects it."""
-        plan = self.run.plan
+        plan, model = self.run.plan, i
         if i < plan.carries:
             given = self.carry[i]
         else:
@@ -140,24 +140,13 @@ class _Gradients:
                 given = None if cut is None else cut[index]
             else:
                 given = self.ys[index * width + column]
-        if given is None:
-            return self._zero(program, i)
-        order = program.tangent_orders[i]
-        if order == sorted(order):
-            return given.contiguous()
-        laid = given.permute(order)
-        if laid.is_contiguous():
-            return given
-        return laid.contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+            model = plan.carries + column
+        return _laid(self._zero(model) if given is None else given, program.tangent_orders[i])
 
-    def _zero(self, program: Program, i: int) -> torch.Tensor:
-        if i >= self.run.plan.carries:
-            i = self.run.plan.carries + (i - self.run.plan.carries) % program.ys[0].tensors
+    def _zero(self, i: int) -> torch.Tensor:
         if i not in self.zeros:
-            shape, dtype, device = self.models[i]
-            self.zeros[i] = torch.zeros(shape, dtype=dtype, device=device)
-        order = program.tangent_orders[i]
-        return self.zeros[i].permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+            self.zeros[i] = _zeros(self.models[i])
+        return self.zeros[i]
 
     def step(self, chunk: int, carry: Tensors, saved: list[Any]) -> None:
         """Runs one chunk's backward graph and takes up what it gives."""
@@ -225,6 +214,16 @@ class _Gradients:
         return [*self.sums, *self.carry, *xs]
 
 
+def _laid(gradient: torch.Tensor, order: list[int] | None) -> torch.Tensor:
+    """``gradient`` with its dimensions in memory in the given order; None is that of a contiguous tensor."""
+    if order is None:
+        return gradient.contiguous()
+    laid = gradient.permute(order)
+    if laid.is_contiguous():
+        return gradient
+    return laid.contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+
 _Model = tuple[torch.Size, torch.dtype, torch.device]  # of an output, for a gradient of zeros
 
 
@@ -232,13 +231,43 @@ def _models(outs: Sequence[torch.Tensor]) -> list[_Model]:
     return [(out.shape, out.dtype, out.device) for out in outs]
 
 
+def _zeros(model: _Model) -> torch.Tensor:
+    shape, dtype, device = model
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 def run_single(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Sequence[Any]]:
     """The outputs of a plan of one graph, and what the graph saves."""
     program = plan.chunks[0][0]
-    a = plan.consts
-    b = a + plan.closures
-    outs = program.fw([*tensors[:a], *tensors[b:], *tensors[a:b]])
+    outs = program.fw([tensors[i] for i in plan.places])
     return list(outs[: program.outputs]), outs[program.outputs :]
+
+
+def single_backward(
+    plan: Plan, tensors: Tensors, saved: list[Any], models: list[_Model], grads: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Gradients of ``tensors`` for a plan of one graph.
+
+    NOTE [Freed as it is used]. It empties both lists, and the graph empties the one that it is given: a layer's
+    activations go while its backward runs, not after it.
+    """
+    program = plan.chunks[0][0]
+    feeds: list[Any] = []
+    for kind, i in program.feeds:
+        if kind == "saved":
+            feeds.append(saved[i])
+        elif kind == "input":
+            feeds.append(tensors[plan.places[i]])
+        else:
+            given = grads[i]
+            feeds.append(_laid(_zeros(models[i]) if given is None else given, program.tangent_orders[i]))
+    tensors.clear()
+    saved.clear()
+    assert program.bw is not None
+    found: list[torch.Tensor | None] = [None] * len(plan.places)
+    for place, gradient in zip(plan.places, program.bw(feeds), strict=True):
+        found[place] = gradient
+    return found
 
 
 def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Residuals, list[_Model]]:
@@ -340,42 +369,37 @@ class Loop(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.start = read_states(plan.devices) if plan.random else None
-        ctx.plan, ctx.ints, ctx.where, ctx.kept = plan, None, None, None
+        ctx.plan, ctx.kept = plan, None
         if plan.single:
-            # Nothing to free early, so torch keeps it, and checks that nobody writes into it.
+            # Torch keeps it, and checks that nobody writes into it.
             outs, saved = run_single(plan, tensors)
-            ctx.where = [isinstance(v, torch.Tensor) for v in saved]
-            ctx.ints = [v for v in saved if not isinstance(v, torch.Tensor)]
+            ctx.ints = [(i, v) for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)]
             ctx.save_for_backward(*tensors, *(v for v in saved if isinstance(v, torch.Tensor)))
             ctx.models = _models(outs)
         else:
             outs, ctx.kept, ctx.models = run_forward(plan, tensors)
             ctx.save_for_backward(*tensors)
         ctx.inputs = len(tensors)
-        ctx.mark_non_differentiable(*_not_differentiable(plan, outs))
+        ctx.mark_non_differentiable(*(outs[i] for i in plan.not_differentiable))
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        tensors, plan = saved[: ctx.inputs], ctx.plan
+        plan, needed = ctx.plan, ctx.needs_input_grad[1:]
+        saved = list(ctx.saved_tensors)
+        tensors = saved[: ctx.inputs]
         if torch.is_grad_enabled():
-            return None, *_differentiable_backward(plan, tensors, ctx.start, ctx.needs_input_grad[1:], grads)
-        kept = ctx.kept
-        if ctx.where is not None:
-            values, ints = iter(saved[ctx.inputs :]), iter(ctx.ints)
-            kept = Residuals(honour_hooks=False)
-            kept.push([], [next(values) if is_tensor else next(ints) for is_tensor in ctx.where])
-        found = run_backward(plan, tensors, kept, ctx.models, grads, _compat.backward_keeps_graph())
-        return None, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[1:]))
-
-
-def _not_differentiable(plan: Plan, outs: Tensors) -> list[torch.Tensor]:
-    program = plan.chunks[0][0]
-    flags = program.requires_grad[: plan.carries]
-    per_step = program.requires_grad[plan.carries : plan.carries + program.ys[0].tensors]
-    flags = flags + per_step * (1 if plan.joined else plan.length)
-    return [out for out, flag in zip(outs, flags) if not flag]
+            return None, *_differentiable_backward(plan, tensors, ctx.start, needed, grads)
+        if plan.single:
+            values = saved[ctx.inputs :]
+            saved.clear()
+            for position, value in ctx.ints:
+                values.insert(position, value)
+            ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+            found = single_backward(plan, tensors, values, ctx.models, grads)
+        else:
+            found = run_backward(plan, tensors, ctx.kept, ctx.models, grads, _compat.backward_keeps_graph())
+        return None, *(g if wanted else None for g, wanted in zip(found, needed))
 
 
 def _differentiable_backward(

@@ -21,7 +21,8 @@ class Program:
     fw: Boxed
     bw: Boxed | None
     feeds: list[tuple[str, int]]
-    tangent_orders: dict[int, list[int]]  # per differentiable output: how its gradient is to lie in memory
+    # Per differentiable output: the order of its gradient's dimensions in memory, None where that is their own.
+    tangent_orders: dict[int, list[int] | None]
     shared_grads: list[bool]
     steps: int
     consts: int
@@ -64,11 +65,20 @@ class Plan:
     joined: bool = False  # ys, and gradients of xs, come as stacks; always so if xs does
     random: bool = field(init=False)
     single: bool = field(init=False)  # one graph is all there is
+    places: list[int] = field(init=False)  # then: where the inputs of the graph stand among those of the node
+    not_differentiable: list[int] = field(init=False)  # outputs
 
     def __post_init__(self) -> None:
+        first = self.chunks[0][0]
         self.random = any(program.random for program, _ in self.chunks)
         self.joined = self.joined or self.stacked
         self.single = len(self.chunks) == 1 and not self.joined and not self.pieces
+        a, b = self.consts, self.consts + self.closures
+        self.places = [*range(a), *range(b, b + self.carries + self.x_tensors * self.length), *range(a, b)]
+        flags = first.requires_grad[: self.carries]
+        each = first.requires_grad[self.carries : self.carries + first.ys[0].tensors]
+        flags = flags + each * (1 if self.joined else self.length)
+        self.not_differentiable = [i for i, flag in enumerate(flags) if not flag]
 
     @property
     def length(self) -> int:
