@@ -1,5 +1,7 @@
 """Named axes: collectives equal reductions over the stacked values, wherever in the body they stand."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -281,8 +283,6 @@ def test_separate_variables_and_state():
 def test_sync_batch_norm_equals_the_joined_batch(shape, momentum):
     plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)](3, momentum=momentum)
     nn.init.normal_(plain.weight)
-    import copy
-
     layer = torchlift.sync_batch_norm(copy.deepcopy(plain), "i")
     run = torchlift.vmap(lambda m, x: m(x), {"params": None, "batch_stats": None}, axis_name="i")
     for _ in range(2):
@@ -296,6 +296,36 @@ def test_sync_batch_norm_equals_the_joined_batch(shape, momentum):
         torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
     layer.eval(), plain.eval()
     torch.testing.assert_close(run(layer, x), plain(joined).unflatten(0, (N, -1)))
+
+
+SHARED_STATISTICS = dict(variable_axes={"params": None, "batch_stats": None}, axis_name="i")
+
+
+def test_sync_batch_norm_compiled():
+    net = torchlift.sync_batch_norm(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), "i")
+    twin, x = copy.deepcopy(net), torch.randn(N, 5, 3)
+    run = torchlift.vmap(lambda m, x: m(x), **SHARED_STATISTICS)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(net, x), run(twin, x))
+    torch.testing.assert_close(dict(net.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_sync_batch_norm_keeps_no_statistics_where_they_are_turned_off():
+    plain = nn.BatchNorm1d(3)
+    layer, x = torchlift.sync_batch_norm(copy.deepcopy(plain), "i"), torch.randn(N, 5, 3)
+    plain.track_running_stats = layer.track_running_stats = False
+    out = torchlift.vmap(lambda m, x: m(x), **SHARED_STATISTICS)(layer, x)
+    torch.testing.assert_close(out.flatten(0, 1), plain(x.flatten(0, 1)))
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sync_batch_norm_of_half_precision_has_exact_statistics(dtype):
+    plain = nn.BatchNorm1d(3, dtype=torch.float32)
+    layer, x = torchlift.sync_batch_norm(copy.deepcopy(plain), "i"), (torch.randn(N, 64, 3) + 5).to(dtype)
+    out, expected = torchlift.vmap(lambda m, x: m(x), **SHARED_STATISTICS)(layer, x), plain(x.flatten(0, 1))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.flatten(0, 1), expected)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()), rtol=1e-5, atol=1e-6)
 
 
 def test_sync_batch_norm_keeps_tensors_and_replaces_every_name():

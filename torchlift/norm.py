@@ -23,34 +23,35 @@ class _SyncBatchNorm(_compat.BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))  # as torch's: half precision would not add up
         if not self.training and self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean, self.running_var
         else:
-            dims = [0, *range(2, input.ndim)]
-            mean = pmean(input.mean(dims), self.axis_name)
-            var = pmean((input - _channels(mean, input)).square().mean(dims), self.axis_name)
-            if self.training and self.running_mean is not None:
-                count = input.numel() // input.shape[1]
+            dims = [0, *range(2, x.ndim)]
+            mean = pmean(x.mean(dims), self.axis_name)
+            var = pmean((x - _channels(mean, x)).square().mean(dims), self.axis_name)
+            if self.training and self.track_running_stats:
+                count = x.numel() // x.shape[1]
                 for axis in find(self.axis_name, "sync_batch_norm"):
                     count *= axis.size
-                self._update(mean, var * (count / max(count - 1, 1)))
-        out = (input - _channels(mean, input)) * _channels((var + self.eps).rsqrt(), input)
+                with torch.no_grad():
+                    _update(self, mean, var * (count / max(count - 1, 1)))
+        out = (x - _channels(mean, x)) * _channels((var + self.eps).rsqrt(), x)
         if self.affine:
-            out = out * _channels(self.weight, input) + _channels(self.bias, input)
+            out = out * _channels(self.weight, x) + _channels(self.bias, x)
         return out.to(input.dtype)
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        running_mean: Any = self.running_mean
-        running_var: Any = self.running_var
-        count: Any = self.num_batches_tracked
-        count.add_(1)
-        rate = 1.0 / count.to(mean.dtype) if self.momentum is None else self.momentum  # None: a cumulative average
-        running_mean.add_(rate * (mean - running_mean))
-        running_var.add_(rate * (var - running_var))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, axis_name={self.axis_name!r}"
+
+
+def _update(layer: Any, mean: Tensor, var: Tensor) -> None:
+    # A function, not a method: Dynamo takes no method of a bound module that it made itself.
+    layer.num_batches_tracked.add_(1)
+    # No momentum: a cumulative average.
+    rate = 1.0 / layer.num_batches_tracked.to(mean.dtype) if layer.momentum is None else layer.momentum
+    layer.running_mean.add_(rate * (mean - layer.running_mean))
+    layer.running_var.add_(rate * (var - layer.running_var))
 
 
 def _channels(statistic: Tensor, like: Tensor) -> Tensor:
