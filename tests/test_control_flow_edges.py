@@ -234,6 +234,32 @@ def test_what_cannot_choose_is_refused():
         cond(True, same, same, same, x)
     with pytest.raises(torchlift.FilterError, match=r"cond\(Identity\): variables"):
         cond(True, same, same, m, x, variables=3)
+    # Also those that would not have run.
+    with pytest.raises(ValueError, match=r"cond\(Identity\): got a class, expected a function whose first argument"):
+        cond(True, same, nn.Identity, m, x)
+    with pytest.raises(torchlift.FunctionTargetError, match=r"switch\(Identity\): got an instance of Identity"):
+        switch(0, [same, m], m, x)
+    with pytest.raises(torchlift.FunctionTargetError, match=r"switch\(int\): got 3"):
+        switch(0, [same, 3], m, x)
+
+
+def test_functions_may_be_methods_of_the_module():
+    class Two(nn.Module):
+        def half(self, x):
+            return x / 2
+
+        def double(self, x):
+            return x * 2
+
+        def large(self, x):
+            return x.sum() > 1
+
+    m, x = Two(), torch.tensor([3.0, -3.0])
+    assert torchlift.vmap(lambda m, x: cond(x > 0, m.half, m.double, m, x))(m, x).tolist() == [1.5, -6.0]
+    assert switch(1, [m.half, m.double], m, x).tolist() == [6.0, -6.0]
+    assert torchlift.while_loop(m.large, m.half, m, x[:1]).tolist() == [0.75]
+    with pytest.raises(torchlift.FunctionTargetError, match="a method bound to another Two than the module after it"):
+        cond(True, Two().half, m.double, m, x)
 
 
 def test_filters():

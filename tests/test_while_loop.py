@@ -423,6 +423,10 @@ def test_misuse_is_refused():
     stop = lambda m, x: False
     with pytest.raises(torchlift.AxisError, match="max_steps is -1"):
         while_loop(stop, stop, m, 0, max_steps=-1)
+    with pytest.raises(torchlift.AxisError, match="max_steps is True, expected None or an int"):
+        while_loop(stop, stop, m, 0, max_steps=True)
+    with pytest.raises(torchlift.FunctionTargetError, match=r"while_loop\(Net\): got a class"):
+        while_loop(stop, Net, m, 0)
     with pytest.raises(torchlift.TransformTargetError, match="while_loop: got int as the module"):
         while_loop(stop, stop, 3, 0)
     with pytest.raises(torchlift.FilterError, match="broadcast_variables"):

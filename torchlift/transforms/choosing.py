@@ -22,6 +22,7 @@ from torchlift.engine.capture import CaptureError
 from torchlift.engine.draws import States, devices_of, read_states
 from torchlift.engine.rows import Rows
 from torchlift.errors import BranchError, TransformTargetError
+from torchlift.transforms.calls import unbound
 
 _NUMBERS = (bool, int, float, complex)
 
@@ -85,6 +86,15 @@ def label_of(name: str, mdl: Any) -> str:
             "its functions with a module first"
         )
     return f"{name}({type(mdl).__name__})"
+
+
+def functions_of(name: str, functions: Sequence[Any], mdl: nn.Module) -> list[Callable[..., Any]]:
+    """The functions as ``(module, *args)``: methods of the module without it.
+
+    Raises:
+        FunctionTargetError: one is a class, a module, no function, or a method of another module.
+    """
+    return [unbound(name, fn, mdl)[0] for fn in functions]
 
 
 def draw_states(tensors: Sequence[Tensor]) -> States:

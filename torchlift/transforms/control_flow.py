@@ -20,6 +20,7 @@ from torchlift.transforms.choosing import (
     as_tensor,
     describe,
     draw_states,
+    functions_of,
     guarded,
     guarded_variables,
     label_of,
@@ -251,7 +252,7 @@ def cond(
 
     Args:
         pred: a number, or a tensor with one element.
-        true_fun: ``(module, *operands) -> out``, run where ``pred`` is true.
+        true_fun: ``(module, *operands) -> out``, run where ``pred`` is true; a method of ``mdl`` will do.
         false_fun: the same, run where it is not.
         mdl: the module that they get.
         *operands: what else they get. What they reach by a closure keeps its gradient too.
@@ -264,6 +265,7 @@ def cond(
 
     Raises:
         BranchError: the functions return or create different things, or ``pred`` has several elements.
+        FunctionTargetError: one of them is a class or a module.
         ModifyCollectionError: a function changed a collection outside of ``variables``.
         RandomnessError: a function drew from a stream outside of ``rngs``.
         TransformTargetError: ``mdl`` is no module.
@@ -283,8 +285,8 @@ def cond(
     label = label_of("cond", mdl)
     index = look(pred if isinstance(pred, Tensor) else bool(pred), label)
     index = int(not index) if isinstance(index, int) else index.mapped(lambda value: (value == 0).long())
-    branches = {"true_fun": true_fun, "false_fun": false_fun}
-    return _Choice(label, branches, mdl, operands, variables, rngs).run(index)
+    functions = functions_of("cond", (true_fun, false_fun), mdl)
+    return _Choice(label, dict(zip(("true_fun", "false_fun"), functions)), mdl, operands, variables, rngs).run(index)
 
 
 def switch(
@@ -313,6 +315,7 @@ def switch(
     Raises:
         BranchError: there are no functions, ``index`` is no integer or has several elements, or the functions return
             or create different things.
+        FunctionTargetError: one of them is a class or a module.
 
     Example:
         >>> branches = [lambda net, x: x, lambda net, x: net(x), lambda net, x: -net(x)]
@@ -334,5 +337,5 @@ def switch(
         found = look(index.long().clamp(0, last), label)
     else:
         found = min(max(int(index), 0), last)
-    named = {f"branches[{number}]": branch for number, branch in enumerate(branches)}
+    named = {f"branches[{number}]": branch for number, branch in enumerate(functions_of("switch", branches, mdl))}
     return _Choice(label, named, mdl, operands, variables, rngs).run(found)

@@ -22,6 +22,7 @@ from torchlift.transforms.choosing import (
     as_tensor,
     describe,
     draw_states,
+    functions_of,
     guarded,
     guarded_variables,
     label_of,
@@ -274,6 +275,7 @@ def while_loop(
         AxisError: ``max_steps`` is no number of iterations.
         BranchError: the condition is a tensor with several elements.
         CarryError: the carry, or a carried variable, changed its structure, a shape or a dtype.
+        FunctionTargetError: one of the functions is a class or a module.
         ModifyCollectionError: the body changed a collection that is not carried, or the condition changed any.
         RandomnessError: a random stream was drawn from that the loop was not told about.
         TransformTargetError: ``mdl`` is no module.
@@ -286,7 +288,7 @@ def while_loop(
         tensor([0.7500], grad_fn=...)
     """
     label = label_of("while_loop", mdl)
-    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 0):
+    if max_steps is not None and (type(max_steps) is not int or max_steps < 0):
         raise AxisError(f"{label}: max_steps is {max_steps!r}, expected None or an int from 0 on")
     check(broadcast_variables, f"{label}: broadcast_variables")
     groups = Groups(label, carry=carry_variables, split_rngs=split_rngs)
@@ -295,4 +297,5 @@ def while_loop(
             f"{label}: compiled code cannot repeat its draws, which split_rngs={{'dropout': False}} "
             "asks for; draw before the loop and put that into the carry"
         )
+    cond_fn, body_fn = functions_of("while_loop", (cond_fn, body_fn), mdl)
     return _While(label, cond_fn, body_fn, mdl, init, groups, remat).run(max_steps)
