@@ -158,6 +158,12 @@ def test_tangents_are_like_what_they_belong_to():
         jvp(call, m, (x,), x, {})
     with pytest.raises(DifferentiationError, match=r"tangents\[1\] is float64\[5, 3\], expected None, as for any int"):
         jvp(lambda m, x, k: m(x), m, (x, 1), (x, x), {})
+    # A number is no tensor, and its tangent not to be lost.
+    with pytest.raises(DifferentiationError, match=r"tangents\[1\] is float, expected None, as for any float"):
+        jvp(lambda m, x, k: m(x) * k, m, (x, 2.0), (x, 1.0), {})
+    for wrong, got in ((None, "NoneType"), (x, r"float64\[5, 3\]"), ({"params": x}, r"{'params': 'float64\[5, 3\]'}")):
+        with pytest.raises(DifferentiationError, match=f"variable_tangents is {got}, expected {{collection"):
+            jvp(call, m, (x,), (x,), wrong)
     with pytest.raises(
         DifferentiationError, match=r"the tangent of '0.bias' in 'params' is float64\[5, 3\], expected float64\[3\]"
     ):

@@ -394,7 +394,7 @@ def _directions(
         )
     operand = {at: len(packed.entries) + i for i, at in enumerate(packed.tensor_leaves)}
     for at, (path, tangent) in enumerate(zip(_tree.paths(tangents), leaves, strict=True)):
-        if tangent is not None and (at in operand or isinstance(tangent, Tensor)):
+        if tangent is not None:
             found[operand.get(at, -1 - at)] = (f"tangents{path}", tangent, packed.leaves[at])
     places = {
         (collection, name): at
@@ -402,6 +402,12 @@ def _directions(
         if entry.root == 0 and entry.store != ATTRIBUTE
         for name, collection in entry.paths
     }
+    fits = isinstance(variable_tangents, Mapping)
+    if not fits or not all(isinstance(named, Mapping) for named in variable_tangents.values()):
+        raise DifferentiationError(
+            f"{packed.label}: variable_tangents is {_tree.map_leaves(describe, variable_tangents)}, expected "
+            "{collection: {name: tensor}}, {} for no direction in the variables"
+        )
     for collection, named in variable_tangents.items():
         for name, tangent in named.items():
             if (collection, name) not in places:
