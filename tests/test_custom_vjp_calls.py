@@ -233,6 +233,13 @@ def test_nondiff_arguments(nondiff, factor):
         assert torch.autograd.grad(fn(m, factor, x, 2).sum(), factor, allow_unused=True) == (None,)
 
 
+def test_a_position_that_no_argument_has():
+    fn = custom_vjp(call, lambda m, x: (m(x), None), lambda k, residuals, cotangent: ({}, cotangent), nondiff_argnums=2)
+    for x in (data(), data().requires_grad_()):
+        with pytest.raises(torchlift.DifferentiationError, match="nondiff_argnums has 2, expected 1 to 1: the module"):
+            fn(mlp(), x)
+
+
 def test_a_mapped_argument_that_is_not_differentiated():
     fn = custom_vjp(scaled, scaled_forward, lambda f, v, c: v(c * f * 10), nondiff_argnums=1)
     m, x, factors = mlp(), data().requires_grad_(), torch.arange(1.0, 6.0)

@@ -36,6 +36,10 @@ class _Custom_vjp(Transform):
     ) -> Any:
         if kwargs or max(self.nondiff, default=0) > len(args):
             args = _by_position(fn, module, args, kwargs, label)
+        if max(self.nondiff, default=0) > len(args):
+            raise DifferentiationError(
+                f"{label}: nondiff_argnums has {max(self.nondiff)}, expected 1 to {len(args)}: the module is 0"
+            )
         if _compat.forward_ad_active():
             raise UnsupportedError(
                 f"{label}: jvp over custom_vjp: a backward function does not say what forward mode gives; take the "
