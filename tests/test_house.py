@@ -25,6 +25,7 @@ ROWS = [
     ["engine/*"],
     ["variables.py", "rng.py"],
     ["groups.py", "nodes.py"],
+    ["references.py"],
     ["collecting.py"],
     ["containers.py"],
     ["pack.py"],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +11,8 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
-from torchlift.nodes import HOOKS, INTERNALS, LONG, SCALARS, Entry, Node, Place, remember, remembered
+from torchlift.nodes import HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
+from torchlift.references import Container, elements
 from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of
 
 INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
@@ -67,7 +66,8 @@ class Collected:
         given: list[nn.Module] = []
         if len(self.tensor_leaves) < len(self.leaves):
             for leaf in self.leaves:
-                modules_in(leaf, given)
+                if isinstance(leaf, (nn.Module, Variable)):
+                    modules_in(leaf, given)
         # What Dynamo traces is a module of its own; a bound one lives for one call.
         lasting = not given and not _compat.is_compiling() and AT not in module.__dict__
         self.memory = remembered(module) if lasting else None
@@ -278,42 +278,6 @@ class Collected:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
-
-
-class Container:
-    """A list, tuple, dict or dataclass with slots in it, from which a like one is built for each run."""
-
-    def __init__(self, like: Any, children: list[Any]):
-        self.like, self.children = like, children
-
-    def rebuild(self, children: list[Any]) -> Any:
-        like = self.like
-        if isinstance(like, dict):
-            new = copy.copy(like)
-            new.update(zip(like, children))
-            return new
-        if isinstance(like, list):
-            return children
-        if isinstance(like, tuple):
-            return type(like)(*children) if hasattr(like, "_fields") else tuple(children)
-        new = copy.copy(like)
-        for field, child in zip(dataclasses.fields(like), children, strict=True):
-            object.__setattr__(new, field.name, child)
-        return new
-
-
-def elements(value: Any) -> list[Any] | None:
-    """What is in a container that may hold references. Long ones of plain values, vocabularies say, hold none."""
-    if type(value) is list or isinstance(value, tuple):
-        found = list(value) if len(value) <= LONG or type(value[0]) not in SCALARS else None
-    elif isinstance(value, dict):
-        first = next(iter(value.values()), None)
-        found = list(value.values()) if len(value) <= LONG or type(first) not in SCALARS else None
-    elif _tree.is_node(value):
-        found = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    else:
-        found = None
-    return found
 
 
 def _can_grow(value: Any) -> bool:

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from torchlift import _tree
-from torchlift.collecting import CONTAINERS, elements
+from torchlift.collecting import CONTAINERS
 from torchlift.nodes import LONG
+from torchlift.references import elements
 
 
 class Held:

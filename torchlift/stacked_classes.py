@@ -11,6 +11,7 @@ from torch import nn
 
 from torchlift import _compat, metadata, rng
 from torchlift.errors import AxisError, StateDictError
+from torchlift.references import become
 from torchlift.stacking import (
     PENDING,
     Stacking,
@@ -111,7 +112,7 @@ def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any, h
     before = rng.default_states()
     one = base(*args, **kwargs)
     rng.write_states(before)  # it is there for its names only: the stack's own construction draws
-    object.__setattr__(stack, "__dict__", one.__dict__)
+    become(stack, one)
     how.change_metadata(metadata.added, one)
     shapes, lazy = {}, {}
     for name, owner, store, key, tensor in list(located(one)):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchlift import _compat, fingerprint, metadata
+from torchlift import _compat, fingerprint, metadata, references
 from torchlift.collecting import idle_in_bodies
 from torchlift.errors import (
     AxisError,
@@ -76,8 +76,7 @@ def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...],
     those of one layer, and copied straight into the stacked tensors: peak memory is the stack plus one layer.
     """
     first = next(modules)
-    # The very same __dict__, not a copy: what refers back to `first` (a hook that is a bound method) sees the stack.
-    object.__setattr__(stack, "__dict__", first.__dict__)
+    references.become(stack, first)
     how.change_metadata(metadata.added, first)
     slots = _make_stacks(first, sizes, how)
     for index in range(1, math.prod(sizes)):
@@ -153,13 +152,9 @@ def _position(axis: int, ndim: int, where: str) -> int:
 def _select(stack: Tensor, axis: int, index: int, sizes: tuple[int, ...]) -> Tensor:
     """The view of a stack at a flat ``index`` over ``sizes``, which lie from ``axis`` on; that is not negative."""
     view = stack.detach()
-    for size, rest in zip(sizes, _strides(sizes)):
-        view = view.select(axis, index // rest % size)
+    for at, size in enumerate(sizes):
+        view = view.select(axis, index // math.prod(sizes[at + 1 :]) % size)
     return view
-
-
-def _strides(sizes: tuple[int, ...]) -> list[int]:
-    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
 
 
 def _copy_in(slots: Sequence[Any], module: nn.Module, index: int, sizes: tuple[int, ...], how: Stacking) -> None:
@@ -216,7 +211,7 @@ def _replace_in_lists(module: nn.Module, stacks: dict[Tensor, Tensor]) -> None:
 def copied(module: nn.Module) -> nn.Module:
     """A deep copy. Derived attributes (weight norm) are no leaves, which deepcopy refuses to copy."""
     attributes = [value for owner in module.modules() for value in owner.__dict__.values()]
-    return copy.deepcopy(module, {id(v): v for v in attributes if isinstance(v, Tensor) and not v.is_leaf})
+    return references.copied(module, {id(v): v for v in attributes if isinstance(v, Tensor) and not v.is_leaf})
 
 
 # Take apart ----------------------------------------------------------------------------------------------------------
@@ -237,6 +232,7 @@ def module_at(stack: nn.Module, base: type[nn.Module], index: int, how: Stacking
     for owner in stack.modules():  # derived attributes (weight norm) are no leaves, which deepcopy refuses to copy
         memo.update({id(v): v for v in owner.__dict__.values() if isinstance(v, Tensor) and id(v) not in memo})
     object.__setattr__(module, "__dict__", copy.deepcopy(stack.__dict__, memo))
+    references.relink(module, memo)
     how.change_metadata(metadata.removed, module)
     return module
 
