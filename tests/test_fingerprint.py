@@ -1,13 +1,15 @@
 """Content keys: equal for equal bodies, and different for bodies that differ in anything that is not a tensor."""
 
 import functools
+import sys
 
 import pytest
 import torch
+import ways
 from torch import nn
 from ways import AOT
 
-from torchlift import checkpoint_policies, fingerprint, remat, scan, vmap
+from torchlift import checkpoint_policies, fingerprint, remat, scan, scan_layers, vmap
 from torchlift.engine.run import last_report
 from torchlift.errors import TorchliftCompileWarning, UnsupportedError
 
@@ -105,3 +107,53 @@ def test_a_value_without_content_sends_the_loop_to_python():
     with pytest.warns(TorchliftCompileWarning, match="a plain value of type bytearray cannot be compared by content"):
         scan(lambda m, c: (m(c), None), length=2, compile=AOT)(module, torch.ones(3))
     assert last_report().path == "plain"
+
+
+# What a class reads beside its arguments -----------------------------------------------------------------------------
+
+FACTOR, SETTINGS = 1.0, {"factor": 1.0}
+
+
+def helper(x):
+    return x * FACTOR * (lambda: SETTINGS["factor"])()
+
+
+def decorated(fn):
+    @functools.wraps(fn)
+    def wrapper(*args):
+        return fn(*args) * ways.FACTOR
+
+    return wrapper
+
+
+class Reader(nn.Linear):
+    factor = 1.0
+
+    @property
+    def doubled(self):
+        return 2 * self.factor
+
+    @decorated
+    def forward(self, x):
+        return x + helper(super().forward(x)) * self.doubled
+
+
+CHANGES = {
+    "a class attribute": lambda to, value: to.setattr(Reader, "factor", value),
+    "a global": lambda to, value: to.setattr(sys.modules[__name__], "FACTOR", value),
+    "an item of a global": lambda to, value: to.setitem(SETTINGS, "factor", value),
+    "an attribute of a python module": lambda to, value: to.setattr(ways, "FACTOR", value),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_class_reads_is_seen_to_change(change, monkeypatch):
+    monkeypatch.setattr(ways, "FACTOR", 1.0, raising=False)
+    fingerprint._read_by.cache_clear()
+    layers, x = [Reader(2, 2) for _ in range(2)], torch.randn(3, 2)
+    run = scan_layers(layers, compile=AOT)
+    for value in (1.0, 3.0, 1.0):
+        CHANGES[change](monkeypatch, value)
+        torch.testing.assert_close(run(x), layers[1](layers[0](x)))
+        assert last_report().path == "compiled"
+    assert last_report().compilations == 1  # 1.0 again

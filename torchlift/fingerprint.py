@@ -8,6 +8,7 @@ stale when an object dies.
 
 from __future__ import annotations
 
+import enum
 import functools
 import hashlib
 import inspect
@@ -16,15 +17,21 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchlift import _tree
 from torchlift.errors import UnsupportedError
-from torchlift.nodes import INTERNALS, SCALARS, Node
+from torchlift.nodes import INTERNALS, LONG, SCALARS, Node
 from torchlift.pack import Packed
-from torchlift.variables import AT, class_of
+from torchlift.references import in_cell
+from torchlift.variables import AT, Variable, class_of
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, range)
+# Arguments that are told by what they are, or are inputs.
+_FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
+_TOLD = (*_ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
 _DEPTH = 64  # values in one another
 _MOST = 10_000  # of one value: what is read at each call must be small
 
@@ -39,7 +46,9 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     if nodes is None:
         nodes = known[tuple(skip)] = tuple(_of_node(node, skip) for node in packed.nodes)
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
-    return (of_value(packed.fn), nodes, packed.inside, captures, tuple(packed.writable), packed.hidden)
+    classes = dict.fromkeys(type(node.module) for node in packed.nodes)
+    around = tuple(_around(cls) for cls in classes)
+    return (of_value(packed.fn), nodes, around, packed.inside, captures, tuple(packed.writable), packed.hidden)
 
 
 def of_module(module: nn.Module) -> dict[str, Hashable]:
@@ -61,6 +70,29 @@ def _of_node(node: Node, skip: Sequence[str]) -> Hashable:
     )
 
 
+def hidden(packed: Packed) -> list[Any]:
+    """The tensors and modules in objects that plain attributes hold: no others are bound in their place."""
+    reader = _Reader()
+    if packed.memory is None:  # what is remembered has none
+        for node in packed.nodes:
+            reader.all(value for key, value in node.module.__dict__.items() if key not in INTERNALS and key != AT)
+    return reader.hidden
+
+
+def opaque(leaves: Iterable[Any]) -> str | None:
+    """Why compiled code cannot have these as arguments, if it cannot: one of them is an object with content of its own.
+
+    Its identity does not tell that content, and what a body puts there (into a cache of keys and values) is a tracer.
+    """
+    for leaf in leaves:
+        if not isinstance(leaf, _TOLD) and hasattr(leaf, "__dict__"):
+            return (
+                f"an argument is a {type(leaf).__name__}, whose content compiled code would not see change; pass "
+                "tensors and numbers, or a dict, tuple or dataclass of them"
+            )
+    return None
+
+
 def of_value(value: Any) -> Hashable:
     """A hashable stand-in for a value, equal for equal content."""
     return _Reader().read(value)
@@ -72,12 +104,16 @@ class _Reader:
     def __init__(self) -> None:
         self.known: dict[int, tuple[Any, Hashable]] = {}  # with the values, whose ids are taken while they live
         self.path: dict[int, int] = {}  # what is being read, outermost first
+        self.objects = 0  # how many of those are objects with fields
+        self.hidden: list[Any] = []  # the tensors and modules met there
 
     def read(self, value: Any) -> Hashable:
         kind = type(value)
         if kind in _ATOMS:
             return (kind, value)
         if isinstance(value, (Tensor, nn.Module)):
+            if self.objects:
+                self.hidden.append(value)
             return f"{kind.__module__}.{kind.__qualname__}"  # tensors are inputs, modules have nodes of their own
         if isinstance(value, type):
             return value
@@ -112,11 +148,16 @@ class _Reader:
         if isinstance(value, types.MethodType):
             return ("method", self.all((value.__func__, value.__self__)))
         if isinstance(value, types.FunctionType):
-            parts = (value.__defaults__, value.__kwdefaults__, *map(_in_cell, value.__closure__ or ()))
+            parts = (value.__defaults__, value.__kwdefaults__, *map(in_cell, value.__closure__ or ()))
             return ("function", value.__code__, self.all(parts), _globals_of(value))
         fields = getattr(value, "__dict__", None)
         if fields and kind.__module__ != "builtins":
-            return (kind, tuple(fields), self.all(fields.values()))
+            self.objects += not _tree.is_node(value)
+            content = self.all(fields.values())
+            self.objects -= not _tree.is_node(value)
+            return (kind, tuple(fields), content)
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.size <= _MOST:
+            return (kind, value.dtype.str, value.shape, value.tobytes())
         try:
             hash(value)
         except TypeError:
@@ -124,17 +165,64 @@ class _Reader:
         return (kind, value)
 
 
-def _in_cell(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet: of a function that refers to one defined after it
-        return types.CellType
-
-
 def _globals_of(fn: types.FunctionType) -> Hashable:
     known = fn.__globals__
     plain = (bool, int, float, str)
     return tuple((name, known[name]) for name in fn.__code__.co_names if type(known.get(name)) in plain)
+
+
+def _around(cls: type) -> Hashable:
+    """What the methods of a class read beside their arguments, where that is plain: class attributes and globals."""
+    found = [(name, space.get(name)) for space, names in _read_by(cls) for name in names]
+    return tuple([(name, of_value(value)) for name, value in found if _is_plain(value)])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return len(value) <= LONG and all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return type(value) in _ATOMS
+
+
+@functools.cache
+def _read_by(cls: type) -> list[tuple[Mapping[str, Any], list[str]]]:
+    """Namespaces, and names in them, that the methods of a class read, and the functions that those call."""
+    spaces: dict[int, Mapping[str, Any]] = {
+        id(base): vars(base) for base in cls.__mro__ if not _is_torch(base.__module__)
+    }
+    todo: list[Any] = [value for space in spaces.values() for value in space.values()]
+    seen: dict[types.FunctionType, None] = {}
+    while todo:
+        value = todo.pop()
+        if isinstance(value, types.FunctionType):
+            if value in seen:
+                continue
+            seen[value] = None
+            known = value.__globals__
+            todo += map(in_cell, value.__closure__ or ())  # what a decorator wraps
+            if not _is_torch(known.get("__name__")):
+                spaces[id(known)] = known
+                todo += [known[name] for name in _names(value.__code__) if name in known]
+        elif isinstance(value, types.ModuleType) and not _is_torch(value.__name__):
+            spaces[id(value)] = vars(value)
+        else:  # methods of all kinds
+            todo += [fn for key in _INNER if isinstance(fn := getattr(value, key, None), types.FunctionType)]
+    codes = [fn.__code__ for fn in seen if id(fn.__globals__) in spaces]
+    names = dict.fromkeys(name for code in codes for name in _names(code) if not name.startswith("__"))
+    found = [(space, [name for name in names if _is_plain(space.get(name, cls))]) for space in spaces.values()]
+    return [(space, read) for space, read in found if read]
+
+
+_INNER = ("__func__", "fget", "func")  # of class and static methods, of properties
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The names in a piece of code, and in those inside of it."""
+    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
+    return [*code.co_names, *inner]
+
+
+def _is_torch(name: str | None) -> bool:
+    return name is None or name.partition(".")[0] in ("torch", "torchlift", "builtins")
 
 
 def digest(key: Hashable) -> str:
