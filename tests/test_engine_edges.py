@@ -52,6 +52,17 @@ def test_what_cannot_be_captured_runs_plain_and_warns_once():
     assert torch.equal(out, again) and out.requires_grad and last_report().reason
 
 
+def test_a_number_that_is_another_in_each_call_is_not_compiled_forever():
+    body, xs = Body(lambda c, h, x: (h * c + x, None), "a schedule", "scan(schedule)"), rand(3, 2)
+    outs = [run(body, 1.0 / n, torch.ones(2), Stacked(xs), 3, compile=EAGER_GRAPHS)[0] for n in range(1, 9)]
+    with pytest.warns(torchlift.errors.TorchliftCompileWarning, match="arguments, 0.1 now, were others in 8 calls"):
+        outs.append(run(body, 0.1, torch.ones(2), Stacked(xs), 3, compile=EAGER_GRAPHS)[0])
+    assert last_report().path == "plain" and compiled.compilations["a schedule"] == 8
+    outs.append(run(body, 1.0, torch.ones(2), Stacked(xs), 3, compile=EAGER_GRAPHS)[0])
+    assert last_report().path == "compiled" and torch.equal(outs[0], outs[-1])
+    torch.testing.assert_close(outs[8], run(body, 0.1, torch.ones(2), Stacked(xs), 3, compile=False)[0])
+
+
 def test_functorch_and_modes_run_plain():
     body = Body(lambda c, h, x: (torch.sin(h * x), None), "around", "scan")
 

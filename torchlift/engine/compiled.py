@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SIGNATURES = 512  # exact signatures remembered
 FAMILIES = 128  # bodies, up to sizes, whose programs are kept
 PROGRAMS = 16  # programs of one family
+CONSTANTS = 8  # sets of plain values among the arguments of one body; as many as torch.compile takes
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ _lock = threading.RLock()
 _exact: OrderedDict[Hashable, Variant | str] = OrderedDict()  # a string: why it cannot be compiled
 _families: OrderedDict[Hashable, _Family] = OrderedDict()
 compilations: Counter[Hashable] = Counter()  # captures per body key
+_constants: OrderedDict[Hashable, set[Hashable]] = OrderedDict()  # the plain values seen, per body key
 
 
 def clear_cache() -> None:
@@ -89,6 +91,7 @@ def clear_cache() -> None:
         _exact.clear()
         _families.clear()
         compilations.clear()
+        _constants.clear()
 
 
 def environment() -> tuple[Hashable, ...]:
@@ -207,6 +210,7 @@ def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
 
 def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[Variant, list[torch.Tensor]]:
     """A program from the family of ``request``, symbolic where sizes differ from those seen before."""
+    _count_constants(request)
     request, closures = settle(request)
     exact, key = request.exact(common), request.family(common)
     likes = [_closure_key(t, request) for t in closures]
@@ -235,6 +239,22 @@ def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[Variant, list
         del family.variants[:-PROGRAMS], family.sizes[:-PROGRAMS]
     _remember(exact, variant)
     return variant, closures
+
+
+def _count_constants(request: Request) -> None:
+    """Refuses to compile again and again for a number that is another in each call."""
+    seen = _constants.setdefault(request.body.key, set())
+    _constants.move_to_end(request.body.key)
+    while len(_constants) > FAMILIES:
+        _constants.popitem(last=False)
+    values = request.signature.consts.others
+    if values not in seen and len(seen) == CONSTANTS:
+        got = ", ".join(repr(value) for *_, value in values)
+        raise CaptureError(
+            f"the plain values among the arguments, {got} now, were others in {CONSTANTS} calls before, and each takes "
+            "a compilation; pass a number that changes as a tensor"
+        )
+    seen.add(values)
 
 
 def _dynamic_dims(request: Request, family: _Family, sizes: tuple[torch.Size, ...]) -> list[frozenset[int]]:
