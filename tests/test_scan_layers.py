@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import saved_bytes
 from torch import Tensor, nn
 
 import torchlift
@@ -290,3 +291,78 @@ def test_a_named_tuple_comes_back_as_one(compile):
     got = layers(x, layer=1)
     assert type(got) is Named
     torch.testing.assert_close(tuple(got), tuple(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_a_slice_runs_as_the_whole_does() -> None:
+    layers = [Numbered(4, at) for at in range(4)]
+    scanned = torchlift.scan_layers(layers, compile=AOT, lengths=(2, 2), scanned_attributes=["at"])
+    some, x = scanned[1:3], torch.randn(2, 4)
+    assert isinstance(some, nn.ModuleList) and list(some) == layers[1:3] and scanned[-1] is layers[-1]
+    expected = {**scanned.settings(), "lengths": None, "remat": True}  # type: ignore[attr-defined]
+    assert some.settings() == expected  # type: ignore[attr-defined]
+    torch.testing.assert_close(some(x), loop(some, x), rtol=1e-12, atol=1e-12)
+    for layer in scanned[:2]:  # as many models run theirs
+        x = layer(x)
+
+
+class Numbered(nn.Linear):
+    def __init__(self, width: int, at: int):
+        super().__init__(width, width)
+        self.at = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh() * (1 + self.at)
+
+
+PLAIN = {
+    "hooks around a layer": lambda layers, calls: layers[1].register_forward_pre_hook(lambda *_: calls.append(1)),
+    "hooks in a layer": lambda layers, calls: layers[1].linear.register_forward_hook(lambda *_: calls.append(1)),
+    "mixed modes": lambda layers, calls: layers[1].eval(),
+}
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"policy": torchlift.checkpoint_policies.nothing_saveable}])
+@pytest.mark.parametrize("why", PLAIN)
+def test_layers_that_run_one_by_one_are_rematerialised_too(why: str, options: dict[str, Any]) -> None:
+    scanned = torchlift.scan_layers([Block(16) for _ in range(4)], compile=AOT, **options)
+    plain = copy.deepcopy(nn.ModuleList(scanned))
+    calls: list[int] = []
+    for layers in (scanned, plain):
+        PLAIN[why](layers, calls)
+    x = torch.randn(64, 16)
+    assert_equal(results(scanned, scanned, x), results(lambda x: loop(plain, x), plain, x))
+    # One of the recomputed layer, one of the twin; that around a layer runs once.
+    assert len(calls) == {"hooks around a layer": 2, "hooks in a layer": 3, "mixed modes": 0}[why]
+    own = [*scanned.parameters(), *scanned.buffers(), *plain.parameters(), *plain.buffers()]
+    assert 3 * saved_bytes(lambda: scanned(x), *own) < saved_bytes(lambda: loop(plain, x), *own)
+
+
+class Cache:
+    """Keys and values by layer, as decoders keep them."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Tensor] = {}
+
+    def update(self, x: Tensor, at: int) -> Tensor:
+        self.seen[at] = x if at not in self.seen else torch.cat([self.seen[at], x])
+        return self.seen[at]
+
+
+class Caching(Numbered):
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        return super().forward(x) if cache is None else x + super().forward(cache.update(x, self.at)).sum(0)
+
+
+def test_an_object_of_ones_own_as_an_argument_sends_the_layers_to_python() -> None:
+    scanned = torchlift.scan_layers([Caching(4, at) for at in range(3)], compile=AOT, scanned_attributes=["at"])
+    cache, twin = Cache(), Cache()
+    for _ in range(3):
+        x = torch.randn(1, 4)
+        with pytest.warns(TorchliftCompileWarning, match=r"layer by layer: an argument is a Cache, whose content"):
+            got = scanned(x, cache)
+        for layer in scanned:
+            x = layer(x, twin)
+        assert torch.equal(got, x)
+    assert [torch.equal(cache.seen[at], twin.seen[at]) for at in range(3)] == [True] * 3
+    assert torch.compile(scanned, backend="aot_eager")(torch.ones(1, 4), cache).shape == (1, 4)
+    assert len(cache.seen[0]) == 4

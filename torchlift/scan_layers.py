@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from torchlift.pack import Meta, Packed, Update
 from torchlift.stacking import listed
 from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
+from torchlift.transforms.remat import remat
 from torchlift.variables import class_of, own_tensors
 
 
@@ -60,10 +62,11 @@ class ScanLayers(nn.ModuleList):
         }  # fmt: skip
 
     def __getitem__(self, index: Any) -> Any:
-        """A layer; of a slice, those layers run in the same way."""
-        return (
-            ScanLayers(list(self)[index], **self.settings()) if isinstance(index, slice) else super().__getitem__(index)
-        )
+        """A layer; for a slice, layers that run the same way, but for ``lengths``, which say how many there are."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        some = ScanLayers((), **{**self.settings(), "lengths": None, "remat": self.remat or self.lengths is not None})
+        return some.extend(list(self)[index])  # which agree already: models slice their layers in each forward
 
     @property
     def label(self) -> str:
@@ -73,7 +76,10 @@ class ScanLayers(nn.ModuleList):
     def check(self) -> None:
         """Refuses layers that differ in more than their tensors' values and ``scanned_attributes``."""
         for index, layer in enumerate(self):
-            difference = _difference(self[0], layer, self.scanned_attributes)
+            try:
+                difference = _difference(self[0], layer, self.scanned_attributes)
+            except UnsupportedError:  # it cannot be told; they are called one by one
+                continue
             if difference is not None:
                 raise LayerMismatchError(
                     f"{self.label}: layer {index}: {difference}; layers that run as one are equal but for their "
@@ -85,11 +91,14 @@ class ScanLayers(nn.ModuleList):
         if not len(self):
             return x
         call = _Call(self, x, args, kwargs)
-        if call.why_plain is not None:
-            if not _compat.is_compiling():
-                record(Report(self.label, "plain", call.why_plain))
-            return call.plain()
-        return call.run()
+        reason, unexpected = call.why_plain()
+        if reason is None:
+            return call.run()
+        if not _compat.is_compiling():
+            record(Report(self.label, "plain", reason))
+            if unexpected and self.compile_options is not False:
+                warn(f"{self.label} runs layer by layer: {reason}", TorchliftCompileWarning)
+        return call.plain()
 
 
 class _Call:
@@ -103,18 +112,17 @@ class _Call:
             packed.allow(lambda collection: True, str)
         self.carry, self.carry_spec = _tree.flatten(x)
 
-    @property
-    def why_plain(self) -> str | None:
-        """Why the layers must be called one by one in Python; None if they need not."""
+    def why_plain(self) -> tuple[str | None, bool]:
+        """Why the layers must be called one by one in Python (None: they need not), and whether to warn of it."""
         if _compat.is_compiling() and self.packed[0].nested:
-            return "inside another transform inside torch.compile"
+            return "inside another transform inside torch.compile", False
         if any(packed.has_hooks(skip_root=False) for packed in self.packed):
-            return "a layer has hooks"
+            return "a layer has hooks", False
         if self._shares_state():
-            return "layers share a buffer"
+            return "layers share a buffer", False
         if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
-            return "some layers are in training mode and some are not"
-        return None
+            return "some layers are in training mode and some are not", False
+        return fingerprint.opaque(self.packed[0].leaves), True
 
     @property
     def remat(self) -> Any:
@@ -145,10 +153,24 @@ class _Call:
     def _in_order(self) -> Any:
         out: Any = None
         x = self.x
-        for layer in self.layers:
-            out = layer(x, *self.args, **self.kwargs)
+        for packed in self.packed:
+            out = self._callable(packed)(x, *self.args, **self.kwargs)
             x = out[0] if isinstance(out, tuple) else out
         return out
+
+    def _callable(self, packed: Packed) -> Callable[..., Any]:
+        """A layer, rematerialised if layers are: each by itself, whatever ``every`` and ``lengths`` say."""
+        layer = packed.nodes[0].module
+        if self.remat is None:
+            return layer
+        policy = None if self.remat is True else self.remat
+        if _compat.is_compiling() or not packed.has_hooks(skip_root=False):
+            return functools.partial(remat(_call_layer, policy=policy), layer)
+        # Its own hooks run around, once: those of FSDP gather the parameters that the rest then sees.
+        lifted = remat(type(layer), policy=policy)
+        again = object.__new__(lifted)
+        object.__setattr__(again, "__dict__", layer.__dict__)
+        return again
 
     def run(self) -> Any:
         layers, first = self.layers, self.packed[0]
@@ -165,23 +187,23 @@ class _Call:
             if _compat.is_compiling():
                 trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
                 key = _register(layers.settings(), *trees, *layers)
+                if not key:
+                    return self.plain()
                 carry, found = opaque_run(
                     key, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options
                 )
             else:
                 compile, key = layers.compile_options, layers.label
-                try:
-                    if compile is not False:
-                        key = self.key()
-                        xs = self._parts(xs)
-                except UnsupportedError as error:  # what the body depends on cannot be told
-                    compile = False
-                    warn(f"{layers.label} runs as a plain Python loop: {error}", TorchliftCompileWarning)
+                self.check_hidden()
+                if compile is not False:
+                    key = self.key()
+                    xs = self._parts(xs)
                 carry, found = run(
                     Body(self.body, key, layers.label), consts, self.carry, xs, len(xs), compile=compile, **options
                 )
-        except CarryError as error:
+        except (CarryError, UnsupportedError) as error:
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
+            record(Report(layers.label, "plain", str(error)))
             if states is not None:  # what the first layers drew is drawn again
                 rng.write_states(states[0])
                 rng.rewind(states[1])
@@ -204,6 +226,17 @@ class _Call:
         if any(key != keys[0] for key in keys):
             self.layers.check()
         return keys[0]
+
+    def check_hidden(self) -> None:
+        """Refuses layers that hold tensors or modules of their own where those of no other can take their place."""
+        first = fingerprint.hidden(self.packed[0])
+        for index, packed in enumerate(self.packed):
+            others = fingerprint.hidden(packed)
+            if len(others) != len(first) or any(a is not b for a, b in zip(others, first)):
+                raise UnsupportedError(
+                    f"layer {index} keeps a tensor or module of its own in an object with other fields, where that of "
+                    "another layer cannot be bound; keep it in the module, or in a list, dict or dataclass there"
+                )
 
     def body(self, consts: Any, carry: Any, x: Any) -> Any:
         """One layer, with the tensors and scanned attributes in ``x``."""
@@ -228,7 +261,8 @@ def _call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
 def _register(settings: dict[str, Any], x: Any, args: Any, kwargs: Any, *modules: nn.Module) -> str:
     """Called while Dynamo traces, with the real layers: the key of their body in a graph around it.
 
-    What holds the layers may have been made in the code that Dynamo traces, and is made again here.
+    It is empty if it cannot be told what the body depends on. What holds the layers may have been made in the code
+    that Dynamo traces, and is made again here.
     """
 
     def make(*modules: nn.Module) -> _Call:
@@ -237,7 +271,13 @@ def _register(settings: dict[str, Any], x: Any, args: Any, kwargs: Any, *modules
         return call
 
     call, policy = make(*modules), settings["policy"]
-    key, label = fingerprint.digest((call.key(), policy)), call.layers.label
+    label = call.layers.label
+    try:
+        call.check_hidden()
+        key = fingerprint.digest((call.key(), policy))
+    except UnsupportedError as error:
+        warn(f"{label} runs layer by layer: {error}", TorchliftCompileWarning)
+        return ""
     return register(key, modules, lambda *modules: Body(make(*modules).body, key, label), policy)
 
 

@@ -225,6 +225,10 @@ class Iterations:
         options = {**options, "shared_draws": self.groups.splits(rng.DROPOUT) is False}
         if packed.has_hooks(skip_root=packed.inside is not None):
             compile = False
+        if compile is not False and (reason := fingerprint.opaque(packed.leaves)) is not None:
+            compile = False
+            if not _compat.is_compiling():
+                warn_plain(self.label, reason)
         if _compat.is_compiling():
             known = "" if compile is False or packed.nested or length == 0 else register()
             if known:
@@ -361,7 +365,7 @@ def _fits(new: Any, old: Any) -> bool:
 _warned: set[str] = set()
 
 
-def warn_plain(label: str, error: UnsupportedError) -> None:
+def warn_plain(label: str, error: object) -> None:
     """Says, once, that a loop runs as the plain one, since it cannot be told what its body depends on."""
     message = f"{label} runs as a plain Python loop: {error}"
     if message not in _warned:
