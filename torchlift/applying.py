@@ -89,6 +89,10 @@ def apply(
     return out, updated
 
 
+def _call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
 def _method(module: nn.Module, method: Any) -> Callable[..., Any]:
     if method is None:
         return lambda m, /, *args, **kwargs: m(*args, **kwargs)

@@ -227,6 +227,7 @@ class Collected:
         true, and Dynamo traces it, so there is one code path.
         """
         shadows = []
+        compiling = _compat.is_compiling()
         for node in self.nodes:
             shadow = object.__new__(type(node.module))
             fields = shadow.__dict__
@@ -239,7 +240,7 @@ class Collected:
                 else:
                     fields[store][key] = bound[index]
             fields[AT] = (node.root, node.path)
-            if _compat.is_compiling() and type(shadow).register_buffer is nn.Module.register_buffer:
+            if compiling and type(shadow).register_buffer is nn.Module.register_buffer:
                 fields["register_buffer"] = _Registrar(shadow)
             shadows.append(shadow)
         for node, shadow in zip(self.nodes, shadows, strict=True):

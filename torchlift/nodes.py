@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import types
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torchlift.variables import ATTRIBUTE
 SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
 ATOMS = (*SCALARS, torch.dtype, torch.device, torch.Size, slice, range)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+STORES = ("_parameters", "_buffers")
 INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 LONG = 64  # a longer container is a table of plain values
 
@@ -93,28 +95,33 @@ class Memory:
     def __init__(self, root: nn.Module, nodes: list[Node], *about: Any):
         self.about = about  # the rest of what was found, which no call changes
         self.keys: dict[Hashable, Any] = {}  # what else was found out about this tree, by those who did
-        self._watched: list[tuple[Any, tuple[Any, ...]]] = []  # of containers in attributes: what they held
-        self._hooks: list[dict[int, Any]] = []
-        self._parts = [self._part(node) for node in nodes]
-        key = id(root)
-        self.root = weakref.ref(root, lambda _: _memories.pop(key, None))
-
-    def _part(self, node: Node) -> tuple[Any, ...]:
-        fields = node.module.__dict__
-        self._hooks += [fields[hooks] for hooks in HOOKS]
-        if any(self._hooks):
+        self._fields = [node.module.__dict__ for node in nodes]
+        self._hooks = [fields[hooks] for fields in self._fields for hooks in HOOKS]
+        plain = ("_modules", *STORES)  # which may be in another order than they look
+        if any(self._hooks) or any(type(fields[key]) is not dict for fields in self._fields for key in plain):
             raise _Unwatchable
-        for key, value in fields.items():
-            if key not in INTERNALS:
-                self._watch(value)
-        parameters, buffers = (
-            [key for at, key, _ in node.tensors if at == store] for store in ("_parameters", "_buffers")
-        )
-        return (
-            weakref.ref(node.module), type(node.module), node.path, node.tensors, node.children,
-            tuple(fields), tuple(fields.values()), fields["_modules"], _held(fields["_modules"]),
-            [(fields[store], keys) for store, keys in (("_parameters", parameters), ("_buffers", buffers))],
-        )  # fmt: skip
+        self._dicts = [*self._fields, *(fields["_modules"] for fields in self._fields)]
+        self._lists: list[list[Any]] = []
+        for fields in self._fields:
+            for key, value in fields.items():
+                if key not in INTERNALS:
+                    self._watch(value)
+        self._stores = [fields[store] for fields in self._fields for store in STORES]
+        self._first, self._others = (nodes[0].tensors, nodes[0].children), nodes[1:]
+        self._classes = [type(node.module) for node in nodes]
+        self._held, self._absent = self._look(), self._look_for_none()
+        at = id(root)
+        self.root = weakref.ref(root, lambda _: _memories.pop(at, None))
+
+    def _look(self) -> tuple[list[int], list[Any]]:
+        sizes, held = contents(self._dicts)
+        every = chain.from_iterable
+        return [*sizes, *map(len, self._lists), *map(len, self._stores)], [
+            *held, *every(self._dicts), *every(self._lists), *every(self._stores)
+        ]  # fmt: skip
+
+    def _look_for_none(self) -> list[bool]:
+        return [tensor is None for tensor in chain.from_iterable(map(dict.values, self._stores))]
 
     def _watch(self, value: Any, depth: int = 4) -> None:
         kind = type(value)
@@ -133,9 +140,11 @@ class Memory:
             if kind.__basicsize__ != _Plain.__basicsize__ or not hasattr(value, "__dict__"):
                 raise _Unwatchable
             value = value.__dict__  # its whole state: a configuration, say
-        held = _held(value)
-        if type(value) is not tuple:
-            self._watched.append((value, held))
+        held = (*value, *value.values()) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            self._dicts.append(value)
+        elif isinstance(value, list):
+            self._lists.append(value)
         if len(held) > LONG and kind in (tuple, list, dict):
             raise _Unwatchable
         for item in held:
@@ -143,32 +152,21 @@ class Memory:
 
     def recall(self) -> tuple[list[Node], list[Tensor]] | None:
         """The nodes and the tensors, if the tree is as it was."""
-        if any(self._hooks):
+        root = self.root()
+        if root is None or any(self._hooks):
             return None
-        nodes, tensors = [], []
-        for ref, cls, path, places, children, keys, values, modules, held, stores in self._parts:
-            module = ref()
-            if type(module) is not cls:
-                return None
-            fields = module.__dict__
-            if tuple(fields) != keys or not all(map(operator.is_, fields.values(), values)):
-                return None
-            if (held or modules) and not _same(_held(modules), held):
-                return None
-            for store, expected in stores:  # which are those of the module: its fields are what they were
-                if store or expected:
-                    if [key for key, tensor in store.items() if tensor is not None] != expected:
-                        return None
-                    tensors += [store[key] for key in expected]
-            node = Node(module, 0, path)
-            node.tensors, node.children = places, children
-            nodes.append(node)
-        if len(set(map(id, tensors))) != len(tensors):
+        modules = [root, *[node.module for node in self._others]]
+        if [*map(type, modules)] != self._classes or not _same([m.__dict__ for m in modules], self._fields):
             return None
-        for container, held in self._watched:
-            if not _same(_held(container), held):
-                return None
-        return nodes, tensors
+        if not same(self._look(), self._held):
+            return None
+        found = [*chain.from_iterable(map(dict.values, self._stores))]
+        tensors = [tensor for tensor in found if tensor is not None]
+        if [tensor is None for tensor in found] != self._absent or len(set(map(id, tensors))) != len(tensors):
+            return None
+        first = Node(root, 0, "")
+        first.tensors, first.children = self._first
+        return [first, *self._others], tensors
 
 
 _memories: dict[int, Memory] = {}
@@ -193,9 +191,15 @@ def remember(module: nn.Module, nodes: list[Node], entries: list[Entry], *about:
     return memory
 
 
-def _held(container: Any) -> tuple[Any, ...]:
-    return (*container, *container.values()) if isinstance(container, dict) else tuple(container)
+def contents(dicts: Sequence[dict[str, Any]]) -> tuple[list[int], list[Any]]:
+    """What dicts hold, one after the other, and how much each of them: few calls, each of which looks at all."""
+    return [*map(len, dicts)], [*chain.from_iterable(map(dict.values, dicts))]
 
 
-def _same(some: Any, others: tuple[Any, ...]) -> bool:
+def same(some: tuple[list[int], list[Any]], others: tuple[list[int], list[Any]]) -> bool:
+    """Whether two :func:`contents` are the very same objects."""
+    return some[0] == others[0] and _same(some[1], others[1])
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))

@@ -35,7 +35,7 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.filters import matches
-from torchlift.nodes import INTERNALS, SCALARS, Node
+from torchlift.nodes import INTERNALS, SCALARS, STORES, Node, contents, same
 from torchlift.variables import (
     AT,
     ATTRIBUTE,
@@ -189,7 +189,11 @@ class Packed(Collected):
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)
-        before = [(list(shadow.__dict__), list(shadow.__dict__.values())) for shadow in shadows]
+        fields = [shadow.__dict__ for shadow in shadows]
+        before = [dict(own) for own in fields]
+        # In most runs nothing changes, which is told by looking at all modules at once. Dynamo knows no such look.
+        dicts = [*fields, *[own[store] for own in fields for store in STORES]]
+        found = None if versions or _compat.is_compiling() else contents(dicts)
         held = [(at, key, value := shadows[at].__dict__.get(key), held_in(value)) for at, key in self.containers]
         frames = self.context["captures"]
         frame = Capture(_AnyOf(frames))
@@ -209,9 +213,10 @@ class Packed(Collected):
             self._check_output(out)
         changes: list[Change] = []
         values: list[Tensor] = []
-        for at, shadow in enumerate(shadows):
-            self._read_back(at, shadow.__dict__, tensors, bound, versions, changes, values)
-            self._check_attributes(self.nodes[at], shadow.__dict__, *before[at])
+        if found is None or not same(contents(dicts), found):
+            for at, own in enumerate(fields):
+                self._read_back(at, own, tensors, bound, versions, changes, values)
+                self._check_attributes(self.nodes[at], own, before[at])
         self._check_containers(held, shadows)
         sown = [(site, value) for site, values in frame.sown.items() for value in values]
         return out, Update(values, [value for _, value in sown], Meta(tuple(changes), tuple(site for site, _ in sown)))
@@ -304,13 +309,12 @@ class Packed(Collected):
                 f"{self._how_to_write(collection)}"
             )
 
-    def _check_attributes(self, node: Node, fields: dict[str, Any], keys: list[str], values: list[Any]) -> None:
+    def _check_attributes(self, node: Node, fields: dict[str, Any], old: dict[str, Any]) -> None:
         """NOTE [Plain attributes]. A tensor left on a module would be a dead tracer there, a changed number is lost."""
-        if len(fields) == len(keys) and all(map(operator.is_, fields.values(), values)):
+        if len(fields) == len(old) and all(map(operator.is_, fields.values(), old.values())):
             return
-        old = dict(zip(keys, values, strict=True))
         derived = derived_attributes(node.module)
-        bound = [leaf for value in values for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
+        bound = [leaf for value in old.values() for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
         for key, value in fields.items():
             if key in derived or key in INTERNALS or value is old.get(key, fields):
                 continue
