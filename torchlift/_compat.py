@@ -511,6 +511,22 @@ def kept_in_graphs(*functions: Callable[..., Any]) -> Callable[[], bool]:
     return allow
 
 
+def vmap_of_lists(
+    fn: Callable[[list[torch.Tensor]], list[torch.Tensor]], tensors: list[torch.Tensor], dims: list[int | None],
+    size: int, randomness: str,
+) -> list[torch.Tensor]:  # fmt: skip
+    """``torch.func.vmap`` of a function of a list, that returns one; with the new axis in front.
+
+    It walks through every tree several times, which takes as long as the mapped call of a small module.
+    """
+    from torch._functorch import vmap as functorch
+
+    functorch.lazy_load_decompositions()
+    with functorch.vmap_increment_nesting(size, randomness) as level:
+        rows = [t if d is None else functorch._add_batch_dim(t, d % t.ndim, level) for t, d in zip(tensors, dims)]
+        return [functorch._remove_batch_dim(out, level, size, 0) for out in fn(rows)]
+
+
 # --- rows of mapped axes ------------------------------------------------------------------------------------------
 
 

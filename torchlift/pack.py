@@ -120,13 +120,15 @@ class Packed(Collected):
         Raises:
             AliasError: a tensor has paths whose collections have different axes.
         """
-        roles = []
+        known: dict[str, Any] = {}
         for entry in self.entries:
             if not same_role(entry, lambda collection: role(collection).axis):
                 asked = [(path, role(collection).axis) for path, collection in entry.paths]
                 listed = ", ".join(f"{path!r} asks for axis {axis}" for path, axis in asked)
                 raise AliasError(f"{self.label}: one tensor has several names: {listed}; give them the same axis")
-            roles.append(role(entry.collection))
+            if entry.collection not in known:
+                known[entry.collection] = role(entry.collection)
+        roles = [known[entry.collection] for entry in self.entries]
         self.hidden = frozenset(i for i, r in enumerate(roles) if r.hidden)
         return roles
 

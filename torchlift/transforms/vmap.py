@@ -82,15 +82,17 @@ class _Vmap(Transform):
             # torch's vmap knows one kind of randomness at a time.
             return run.by_index(in_dims, inputs, splits, "random streams differ in whether they are split")
         # It asks no generator whose it is: where one stream may be drawn from, it is `pure` that refuses the others.
-        mapped = torch.func.vmap(
-            run.one,
-            in_dims=in_dims,
-            randomness={True: "different", False: "same", None: "error"}[next(iter(told), None)],
-            chunk_size=self.chunk_size,
-        )
+        randomness = {True: "different", False: "same", None: "error"}[next(iter(told), None)]
         start = () if _compat.is_compiling() else rng.default_states()
         try:
-            return mapped(*inputs)
+            if _compat.is_compiling() or self.chunk_size is not None:
+                return torch.func.vmap(run.one, in_dims, randomness=randomness, chunk_size=self.chunk_size)(*inputs)
+            index, tensors, leaves = inputs
+            count, dims = 1 + len(tensors), [0, *in_dims[1], *in_dims[2]]
+            return _compat.vmap_of_lists(
+                lambda rows: run.one(rows[0], rows[1:count], rows[count:]), [index, *tensors, *leaves], dims, run.size,
+                randomness,
+            )  # fmt: skip
         except RuntimeError as error:
             text = str(error)
             if "randomness error mode" in text:
