@@ -250,6 +250,48 @@ def test_modules_and_variables_as_arguments():
 STACKED = {"variable_axes": {"params": 0}}
 
 
+def test_modules_in_plain_attributes_are_part_of_the_state(backend):
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            torchlift.variable(self, "state", "mean", torch.zeros, 3)
+
+        def forward(self, x):
+            self.mean = 0.5 * self.mean + self.weight * x
+            return self.mean * 1
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = [Average()]
+
+        def forward(self, x):
+            return self.held[0](x)
+
+    module = torchlift.jit(Holds, backend=backend)()
+    for expected in (1.0, 1.5):
+        out = module(torch.ones(3))
+        assert out.tolist() == [expected] * 3 and not module.held[0].mean.requires_grad
+    out.sum().backward()  # through this call alone
+    assert backend.compiled == 1
+    module = torchlift.jit(Holds, variables="params", backend="aot_eager")()
+    with pytest.raises(torchlift.ModifyCollectionError, match="changed 'mean' of collection 'state'"):
+        module(torch.ones(3))
+    assert module.held[0].mean.tolist() == [0.0] * 3
+
+
+def test_a_method_has_arguments_of_its_own(backend):
+    class Powers(nn.Linear):
+        def forward(self, x, power):
+            return super().forward(x) ** power
+
+    module = torchlift.jit(Powers, methods={"forward": {"static_argnums": 2, "backend": backend}})(4, 4)
+    for power in (1, 2, 1):
+        module(torch.randn(5, 4), power)
+    assert backend.compiled == 2
+
+
 def test_inside_and_outside_of_vmap(backend):
     stack = torchlift.vmap(torchlift.jit(Block, backend=backend), **STACKED, axis_size=3)()
     outer = torchlift.jit(torchlift.vmap(Block, **STACKED, axis_size=3), backend=backend)()

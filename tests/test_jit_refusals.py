@@ -90,6 +90,17 @@ def test_a_body_that_cannot_be_captured_raises_with_torchs_reason():
     assert torchlift.jit(Prints, backend="aot_eager", fullgraph=False)()(x).tolist() == [2, 2]
 
 
+def test_one_compilation_too_many_is_refused():
+    Powers, x = torchlift.jit(Block, backend="eager"), torch.randn(5, 4)
+    with torch._dynamo.config.patch(accumulated_recompile_limit=3):
+        with pytest.raises(torchlift.UnsupportedError, match=r"(?s)jit\(Block.*accumulated_recompile_limit"):
+            for number in range(9):
+                module = Powers()
+                module.norm.momentum = 0.1 * number
+                module(x)
+    Powers()(x)
+
+
 def test_collections_and_streams_that_are_not_lifted():
     class Both(Block):
         def forward(self, x):
@@ -113,6 +124,37 @@ def test_collections_and_streams_that_are_not_lifted():
     torch.testing.assert_close(module.state_dict(), before)
     assert torch.equal(torch.get_rng_state(), state)
     torchlift.jit(Both, variables=["state", "batch_stats"], rngs="dropout", backend="aot_eager")()(x)
+
+
+class Creates(nn.Module):
+    def forward(self, x):
+        count = torchlift.variable(self, "state", "count", torch.zeros, 2)
+        count.value = count.value + 1
+        return x * count.value
+
+
+def test_a_variable_may_only_be_created_in_a_collection_that_is_lifted():
+    module, x = torchlift.jit(Creates, variables="params", backend="aot_eager")(), torch.ones(2)
+    with pytest.raises(
+        torchlift.ModifyCollectionError, match="created 'count' of collection 'state', .*add 'state' to variables="
+    ):
+        module(x)
+    assert not module.state_dict()
+    assert torchlift.jit(Creates, variables="state", backend="aot_eager")()(x).tolist() == [1, 1]
+
+
+def test_a_module_is_no_result():
+    def step(module, x):
+        module.count.add_(1)
+        return x, module
+
+    module = nn.Module()
+    module.register_buffer("count", torch.zeros(1))
+    with pytest.raises(torchlift.TransformedMethodReturnValueError, match=r"jit\(.*step.*\): returned a Module"):
+        torchlift.jit(step, backend="aot_eager")(module, torch.ones(2))
+    assert module.count == 0
+    with pytest.raises(torchlift.TransformedMethodReturnValueError, match="returned a module or a Variable"):
+        torchlift.jit(step, backend="aot_eager", fullgraph=False)(module, torch.ones(2))
 
 
 @pytest.mark.parametrize(

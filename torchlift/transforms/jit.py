@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import context, entered
+from torchlift.collecting import Collected
 from torchlift.errors import (
     ArgumentError,
     DonatedTensorError,
     ModifyCollectionError,
     RandomnessError,
+    TransformedMethodReturnValueError,
     UnsupportedError,
 )
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
+from torchlift.transforms.donation import Donated, give_up
 from torchlift.variables import AT, Capture, Site, Variable, collection_of, own_tensors, sow_at
 
 
@@ -59,6 +62,10 @@ class _Jit(Transform):
     options: Mapping[str, Any] | None = None
     compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:
@@ -74,10 +81,10 @@ class _Jit(Transform):
         run = self._compiled(fn, static.of(args, kwargs), label)
         left = [None if at in static.positions else arg for at, arg in enumerate(args, 1)]
         given = {name: value for name, value in kwargs.items() if name not in static.names}
-        roots = _roots(module, args, kwargs)
-        leaves = _tree.flatten((args, kwargs))[0]
+        collected = Collected(module, args, kwargs, label)
+        roots, leaves = collected.roots, collected.leaves
         for leaf in leaves:
-            if isinstance(leaf, _Donated):
+            if isinstance(leaf, Donated):
                 raise leaf.error()
         giving = donate.of(args, kwargs)
         tensors = [*_tensors(roots), *leaves] if giving or self.device is not None else []
@@ -85,7 +92,7 @@ class _Jit(Transform):
         self._check_device(tensors, label)
         guard = _Guard(self, roots, label) if not (self.variables is True and self.rngs is True) else None
         try:
-            out, sown = run(module, left, given, bool(context.captures))
+            out, sown = run(roots, left, given, bool(context.captures))
         except _compat.capture_errors() as error:
             # A refusal inside is one of compiled code: the plain body would do its work.
             refused = UnsupportedError.__name__ in str(error.__cause__)
@@ -93,13 +100,13 @@ class _Jit(Transform):
                 self._inline(fn, module, args, kwargs, label, inside, publish=False)  # raises as the body does
             raise UnsupportedError(
                 f"{label}: the body cannot be captured as one graph; rewrite what is named below, or pass "
-                f"fullgraph=False to let Python run between graphs. {error}"
+                f"fullgraph=False to let Python run between graphs. {error} {error.__cause__ or ''}".rstrip()
             ) from error
         if guard is not None:
             guard.check()
         for at, path, collection, name, value in sown:
             sow_at(roots[at].get_submodule(path), Site(at, path, collection, name), value)
-        return _give_up(donated, out, roots) if donated else out
+        return give_up(donated, out, roots) if donated else out
 
     def _inline(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None,
@@ -173,14 +180,16 @@ def _runs_inline() -> bool:
 def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[..., Any]:
     """What is compiled: the call, with static arguments in their places; and what it sowed."""
 
-    def jit(module: nn.Module, args: list[Any], kwargs: dict[str, Any], captures: bool) -> tuple[Any, list[Any]]:
+    def jit(roots: list[nn.Module], args: list[Any], kwargs: dict[str, Any], captures: bool) -> tuple[Any, list[Any]]:
+        module = roots[0]
         args = [static.get(at, arg) for at, arg in enumerate(args, 1)]
         kwargs = {**kwargs, **{name: value for name, value in static.items() if isinstance(name, str)}}
-        roots = _roots(module, args, kwargs)
         frame = _Frame(roots, context.captures)
         aliases = [] if AT in module.__dict__ else _aliased_scalars(roots)
         with entered(captures=(frame,) if captures else ()):
             out = fn(module, *args, **kwargs)
+        if any(isinstance(leaf, (nn.Module, Variable)) for leaf in _tree.flatten(out)[0]):
+            raise TransformedMethodReturnValueError("returned a module or a Variable")  # the plain call says it in full
         for owner, key, given, alias in aliases:
             if owner._buffers.get(key) is alias:
                 owner._buffers[key] = given
@@ -245,15 +254,18 @@ class _Guard:
         self.draws = None if matches(config.rngs, rng.DROPOUT) else rng.default_states()
 
     def check(self) -> None:
-        for owner, store, key, tensor, version, _ in self.before:
+        changed = [
+            ("changed", owner, store, key)
+            for owner, store, key, tensor, version, _ in self.before
+            if owner.__dict__[store].get(key) is not tensor or _compat.version(tensor) != version
+        ]
+        created = [("created", owner, store, key) for owner, store, key in self._created()]
+        for what, owner, store, key in [*changed, *created]:
             collection = collection_of(owner, store, key)
-            now = owner.__dict__[store].get(key)
-            if (now is not tensor or _compat.version(tensor) != version) and not matches(
-                self.config.variables, collection
-            ):
+            if not matches(self.config.variables, collection):
                 self._restore()
                 raise ModifyCollectionError(
-                    f"{self.label}: changed {key!r} of collection {collection!r}, which is read-only there; add "
+                    f"{self.label}: {what} {key!r} of collection {collection!r}, which is read-only there; add "
                     f"{collection!r} to variables="
                 )
         if self.draws is not None and rng.drew(self.draws):
@@ -261,51 +273,19 @@ class _Guard:
             rng.write_states(self.draws)
             raise RandomnessError(f"{self.label}: drew from the random stream 'dropout'; add 'dropout' to rngs=")
 
+    def _created(self) -> list[tuple[nn.Module, str, str]]:
+        known = {(owner, store, key) for owner, store, key, *_ in self.before}
+        now = [(owner, *place) for root in self.roots for owner in root.modules() for place in own_tensors(owner)]
+        return [(owner, store, key) for owner, store, key, _ in now if (owner, store, key) not in known]
+
     @torch.no_grad()
     def _restore(self) -> None:
+        for owner, store, key in self._created():
+            del owner.__dict__[store][key]
         for owner, store, key, tensor, version, value in self.before:
             owner.__dict__[store][key] = tensor
             if value is not None and _compat.version(tensor) != version:
                 tensor.copy_(value)
-
-
-# Donation ------------------------------------------------------------------------------------------------------------
-
-
-class _Donated(Tensor):
-    """NOTE [Donation]. What a donated tensor becomes: empty, so that its memory is free, and of a class of which every
-    use raises. Freeing the storage alone would let a later use crash."""
-
-    _torchlift_donated_to: str
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise next(x for x in _tree.flatten((args, kwargs))[0] if isinstance(x, _Donated)).error()
-
-    def error(self) -> DonatedTensorError:
-        return DonatedTensorError(
-            f"a tensor was used that had been donated to {self.__dict__['_torchlift_donated_to']}; use what the call "
-            "returned, or do not donate it"
-        )
-
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return "<donated tensor>"
-
-
-def _give_up(donated: list[tuple[Tensor, str]], out: Any, roots: Sequence[nn.Module]) -> Any:
-    """Takes donated tensors from their owners; ``out``, with new tensors where it has donated ones."""
-    mine = {tensor for tensor, _ in donated}
-    alias = lambda x: x.detach() if isinstance(x, Tensor) and x in mine else x
-    out = _tree.map_leaves(alias, out)
-    for root in roots:
-        for owner in root.modules():
-            for store, key, tensor in list(own_tensors(owner)):
-                owner.__dict__[store][key] = alias(tensor)
-    for tensor, to in donated:
-        tensor.data = tensor.new_empty(0)
-        tensor.__dict__["_torchlift_donated_to"] = to
-        tensor.__class__ = _Donated
-    return out
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
@@ -334,16 +314,6 @@ def _places(fn: Callable[..., Any], positions: tuple[int, ...], names: tuple[str
         frozenset(numbers | {by_name[name] for name in names if name in by_name}),
         frozenset({*names, *(by_position[at] for at in numbers if at in by_position)}),
     )
-
-
-def _roots(module: nn.Module, args: Any, kwargs: Any) -> list[nn.Module]:
-    roots = [module]
-    for leaf in _tree.flatten((args, kwargs))[0]:
-        if isinstance(leaf, nn.Module):
-            roots.append(leaf)
-        elif isinstance(leaf, Variable):
-            roots.append(leaf.module)
-    return roots
 
 
 def _tensors(roots: Sequence[nn.Module]) -> list[Tensor]:
@@ -379,8 +349,9 @@ def jit(
 
     The lifted counterpart of ``jax.jit`` (and of ``flax.linen.jit``), by way of ``torch.compile``. One compilation
     serves all instances of a class whose static fields agree; there is one more for each new static argument, one for
-    the first other batch size, and no limit to their number. A body that cannot be captured as one graph raises, rather
-    than run slowly. Inside of another transform, ``torch.compile`` among them, the body is part of that.
+    the first other batch size. Their number has no limit, but for instances of one class, which torch holds to
+    ``torch._dynamo.config.accumulated_recompile_limit`` different ones. A body that cannot be captured as one graph
+    raises, rather than run slowly. Inside of another transform, ``torch.compile`` among them, the body is part of that.
 
     Args:
         target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as
@@ -421,9 +392,8 @@ def jit(
         torch.Size([2, 4])
     """
     arguments = {
-        "variables": variables, "rngs": rngs, "static_argnums": _as_tuple(static_argnums),
-        "donate_argnums": _as_tuple(donate_argnums), "device": device, "backend": backend,
-        "static_argnames": _as_tuple(static_argnames), "donate_argnames": _as_tuple(donate_argnames),
+        "variables": variables, "rngs": rngs, "static_argnums": static_argnums, "donate_argnums": donate_argnums,
+        "device": device, "backend": backend, "static_argnames": static_argnames, "donate_argnames": donate_argnames,
         "fullgraph": fullgraph, "dynamic": dynamic, "mode": mode, "options": options,
     }  # fmt: skip
     return lift(_Jit, target, arguments, methods)
