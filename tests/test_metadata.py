@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -166,8 +167,14 @@ def test_errors():
         torchlift.MetadataError, match=r"no such parameter or buffer, expected one of \['weight', 'bias'\]"
     ):
         with_partitioning(linear, "kernel", ("a", "b"))
-    with pytest.raises(torchlift.MetadataError, match="expected a name or None for each axis"):
-        Partitioned((1, 2))
+    for wrong in ((1, 2), "ab", None, 2):
+        with pytest.raises(
+            torchlift.MetadataError, match=f"names is {re.escape(repr(wrong))}, expected a name or None"
+        ):
+            Partitioned(wrong)
+        with pytest.raises(torchlift.MetadataError, match="expected a name or None for each axis"):
+            with_partitioning(linear, "weight", wrong)
+    assert torchlift.axis_metadata(linear) == {}
     with pytest.raises(torchlift.MetadataError, match=r"metadata_params=\{torchlift.PARTITION_NAME: name\}"):
         torchlift.vmap(Mlp, {"params": 0}, axis_size=2)()
     with pytest.raises(

@@ -65,7 +65,8 @@ class Partitioned(AxisMetadata):
     names: tuple[str | None, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.names, str) or not all(name is None or isinstance(name, str) for name in self.names):
+        several = isinstance(self.names, Sequence) and not isinstance(self.names, str)
+        if not several or not all(name is None or isinstance(name, str) for name in self.names):
             raise MetadataError(f"Partitioned: names is {self.names!r}, expected a name or None for each axis")
         object.__setattr__(self, "names", tuple(self.names))
 
@@ -118,7 +119,7 @@ def with_partitioning(module: nn.Module, name: str, names: Sequence[str | None] 
     known = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
     if name not in known:
         raise MetadataError(f"{where}: there is no such parameter or buffer, expected one of {known}")
-    metadata = names if isinstance(names, AxisMetadata) else Partitioned(tuple(names))
+    metadata = names if isinstance(names, AxisMetadata) else Partitioned(names)  # type: ignore[arg-type]  # any sequence
     owner = module.get_submodule(path)
     tensor: Tensor = getattr(owner, key)
     if isinstance(metadata, Partitioned) and not nn.parameter.is_lazy(tensor) and len(metadata.names) != tensor.ndim:
