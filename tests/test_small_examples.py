@@ -89,3 +89,40 @@ def test_lora():
     for weight, bias, a, b in zip(stack.weight, stack.bias, stack.a, stack.b):
         expected = expected + nn.functional.linear(expected, weight + b @ a, bias).tanh()
     assert_same(stack(x)[0], expected)
+
+
+def test_straight_through():
+    module = example("custom_vjp/straight_through")
+    model, losses = module.main()
+    assert losses[-1] < 0.5 * losses[0]
+    x = torch.randn(5, 8)
+    code = model.code(x.to(torch.get_default_dtype()))
+    assert set(code.unique().tolist()) == {0.0, 1.0}
+    weights = torch.randn(5, 6)
+    logits = torch.randn(5, 6, requires_grad=True)
+    (module.straight_through(model, logits) * weights).sum().backward()
+    assert_same(logits.grad, weights)
+
+
+def test_clipped_gradients():
+    module = example("custom_vjp/clipped_gradients")
+    exploded, clipped = module.main()
+    assert exploded > 1e4 and clipped <= module.LIMIT * (1 + 1e-6)
+    # Where nothing explodes, nothing is clipped.
+    cell, xs = module.Cell(4, gain=0.1), torch.randn(5, 4, requires_grad=True)
+    found, wanted = (
+        torch.autograd.grad(module.last_state(cell, xs, step).sum() / 8, [xs, *cell.parameters()])
+        for step in (module.clipped, module.call)
+    )
+    assert_same(found, wanted)
+
+
+def test_sign_gradients():
+    module = example("custom_vjp/sign_gradients")
+    net, losses = module.main()
+    assert losses[-1] < 0.2 * losses[0]
+    x = torch.randn(5, 2, dtype=net[0].weight.dtype)
+    found, wanted = (
+        torch.autograd.grad(fn(net, x).square().sum(), list(net.parameters())) for fn in (module.signed, module.call)
+    )
+    assert_same(found, tuple(g.sign() for g in wanted))
