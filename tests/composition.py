@@ -354,6 +354,7 @@ class Refusal:
 # Each is an UnsupportedError, which torch.compile wraps in an error of its own.
 FORWARD = ("jvp", "torch.func.jvp", "torch.func.jacfwd", "torch.func.hessian")
 REVERSE = ("vjp", "grad", "value_and_grad")
+TORCHS = tuple(name for name in OUTSIDE if name.startswith("torch.func.") and name not in FORWARD)
 REFUSALS = [
     Refusal(
         "jvp over custom_vjp: a backward function does not say .* take the derivative in reverse mode",
@@ -367,7 +368,7 @@ REFUSALS = [
         "torch.compile of a torch.func transform of custom_vjp: .* leave the transform, or custom_vjp, out of",
         "what `torch.compile` traces runs no `torch.func` transform over an autograd function",
         "leave the transform or `custom_vjp` out of the compiled function",
-        outer=("vmap", *REVERSE, "custom_vjp"),
+        outer=("vmap", *REVERSE, "custom_vjp", *TORCHS),
         inner=("custom_vjp",),
         compiled=True,
     ),
@@ -421,6 +422,7 @@ COMPILED = [
     for inner in FUNCTIONS
     if inner == _partner(outer) or outer != "while_loop" and refusal_of(outer, inner, True)
 ]
+COMPILED += [(outer, "custom_vjp", True) for outer in TORCHS]
 
 
 def limits() -> list[str]:
