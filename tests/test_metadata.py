@@ -157,6 +157,12 @@ def test_remove_axis_undoes_add_axis(names, index, name):
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
+def test_an_axis_behind_the_named_ones_leaves_unnamed_ones_between():
+    added = Partitioned(("a",)).add_axis(3, {PARTITION_NAME: "z"})
+    assert added.names == ("a", None, None, "z")  # as in Flax
+    assert added.remove_axis(3, {PARTITION_NAME: "z"}).names == ("a", None, None)
+
+
 def test_errors():
     linear = nn.Linear(2, 3)
     with pytest.raises(

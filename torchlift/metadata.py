@@ -71,7 +71,8 @@ class Partitioned(AxisMetadata):
         object.__setattr__(self, "names", tuple(self.names))
 
     def add_axis(self, index: int, params: Mapping[Any, Any]) -> Partitioned:
-        return Partitioned((*self.names[:index], self._name(params), *self.names[index:]))
+        unnamed = [None] * (index - len(self.names))  # axes that there must be, if one is added behind them
+        return Partitioned((*self.names[:index], *unnamed, self._name(params), *self.names[index:]))
 
     def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Partitioned:
         name = self._name(params)
