@@ -196,7 +196,8 @@ def vjp(
         ``(out, vjp_fn)``, with ``has_aux`` ``(out, vjp_fn, aux)``. ``vjp_fn(cotangent)`` takes a tree like ``out``,
         None standing for zeros, and returns ``(variable_cotangents, *input_cotangents)``: ``{collection: {dotted_name:
         tensor}}`` and a tree like each primal. With ``multi_scope`` the first is a tuple, an entry for each module in
-        the order they are found. It may be called several times, and later.
+        the order they are found. It may be called several times, and later, unless a tensor that it was made from has
+        been changed in place: like that of ``torch.func.vjp`` it does not notice.
 
     Raises:
         DifferentiationError: a cotangent is not like the output, or a second module has variables in
