@@ -100,8 +100,8 @@ def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[...
     The counterpart of ``flax.linen.named_call``. The span ``Net.layers.0.forward`` is the method ``forward`` of the
     module ``layers.0`` in the outermost labelled one, a ``Net``. It is there in eager runs and in what
     ``torch.compile`` makes of them; where a compiler fuses operators of several methods, it says where they begin, not
-    how long each takes. The body of a loop that torchlift compiles has none: pass ``compile=False`` to see inside. Costs
-    next to nothing while no profiler runs.
+    how long each takes. The body of a loop that torchlift compiles has none; ``compile=False`` shows it. Costs next to
+    nothing while no profiler runs.
 
     Args:
         class_fn: a method, or a function whose first argument is a module.
