@@ -334,3 +334,26 @@ def test_labels_name_the_use():
     lifted = vmap(lambda m, x: x, in_axes=None)
     with pytest.raises(AxisError, match=re.escape("vmap(<lambda>, in_axes=None): nothing has a mapped axis")):
         lifted(nn.Identity(), X)
+
+
+def test_shapes_that_depend_on_values_run_index_by_index():
+    def positive(m, x):
+        kept = m(x)
+        return kept[kept > 0]
+
+    modules, x = [nn.Linear(4, 4) for _ in range(3)], torch.randn(5, 4)
+    stack = stack_modules(modules)
+    mapped = {"params": 0}
+    with pytest.warns(
+        TorchliftWarning, match="runs index by index, since torch says: vmap: We do not support batching"
+    ):
+        total = vmap(lambda m, x: positive(m, x).sum(), variable_axes=mapped, in_axes=None)(stack, x)
+    torch.testing.assert_close(total, torch.stack([positive(m, x).sum() for m in modules]))
+    with (
+        pytest.warns(TorchliftWarning),
+        pytest.raises(
+            AxisError,
+            match=r"vmap\(.*\): an output has shape \(\d+,\) at index \d, expected \(\d+,\) as at index 0; pad it",
+        ),
+    ):
+        vmap(positive, variable_axes=mapped, in_axes=None)(stack, x)

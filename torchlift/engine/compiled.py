@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import textwrap
 import threading
+import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -149,8 +151,18 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
 
 def reason_of(error: Exception) -> str:
     """One line on why a body cannot be compiled."""
-    reason = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
+    if type(error).__name__ in ("DataDependentOutputException", "DynamicOutputShapeException"):
+        reason = f"{_line_of(error)} depends on the values of a tensor ({error})"
+    else:
+        reason = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
     return textwrap.shorten(reason.strip().split("\n")[0], 200)
+
+
+def _line_of(error: Exception) -> str:
+    """The line that raised an error, of the code that is neither torch's nor this package's."""
+    others = os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "the body"
 
 
 def locked() -> threading.RLock:

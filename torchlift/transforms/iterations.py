@@ -116,9 +116,9 @@ class Iterations:
 
     def _checked(self, out: Any, given: Sequence[Any]) -> tuple[list[Any], Any]:
         if not isinstance(out, tuple) or len(out) != 2:
+            kind = "a tensor" if isinstance(out, Tensor) else type(out).__name__
             raise CarryError(
-                f"{self.label}: the body returned {type(out).__name__}, expected a pair (carry, ys), with None for "
-                "no ys"
+                f"{self.label}: the body returned {kind}, expected a pair (carry, ys), with None for no ys"
             )
         leaves, spec = _tree.flatten(out[0])
         if spec != self.carry_spec:

@@ -145,6 +145,7 @@ _NO_BATCHING_RULE = (
     "we could not generate a fallback",
     "does not have a batching rule",
     "vmap: It looks like you're",
+    "batching operators that can",  # give or take results whose shape depends on values: nonzero, a boolean mask
 )
 _warned: set[Any] = set()
 
@@ -200,6 +201,13 @@ class _Run:
                 rng.write_states(start)
             rng.rewind({name: at for name, at in positions.items() if not splits.get(name)})
             rows.append(self.one(*_slices(in_dims, inputs, i)))
+        for column in zip(*rows, strict=True):
+            for i, x in enumerate(column):
+                if x.shape != column[0].shape:
+                    raise AxisError(
+                        f"{self.groups.label}: an output has shape {tuple(x.shape)} at index {i}, expected "
+                        f"{tuple(column[0].shape)} as at index 0; pad it, or return what has one shape"
+                    )
         self.mapped = [any(not torch.equal(x, column[0]) for x in column) for column in zip(*rows, strict=True)]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
