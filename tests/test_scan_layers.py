@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -366,3 +367,26 @@ def test_an_object_of_ones_own_as_an_argument_sends_the_layers_to_python() -> No
     assert [torch.equal(cache.seen[at], twin.seen[at]) for at in range(3)] == [True] * 3
     assert torch.compile(scanned, backend="aot_eager")(torch.ones(1, 4), cache).shape == (1, 4)
     assert len(cache.seen[0]) == 4
+
+
+class AtPosition(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(9, 4))
+
+    def forward(self, x: Tensor, at: int) -> Tensor:
+        self.seen[at : at + 1] = self.linear(x)
+        return x + self.seen[: at + 1].sum(0)
+
+
+def test_a_position_under_an_outer_compile() -> None:
+    scanned = torchlift.scan_layers([AtPosition() for _ in range(2)], compile=AOT)
+    plain = copy.deepcopy(nn.ModuleList(scanned))
+    outer = torch.compile(scanned, backend="aot_eager")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TorchliftCompileWarning)
+        for at in range(4):
+            x = torch.randn(1, 4)
+            assert_equal([outer(x, at)], [loop(plain, x, at)])
+            assert_equal(list(scanned.buffers()), list(plain.buffers()))

@@ -33,6 +33,7 @@ _bodies: dict[str, tuple[Callable[[], Body], Any]] = {}  # what makes a body, an
 _sites = itertools.count()
 _outputs: dict[int, Any] = {}  # structure of a call's results, by call site; read once, while tracing
 _warned: set[str] = set()
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def register_body(key: str, factory: Callable[[], Body], policy: Callable[..., Any] | None = None) -> str:
@@ -130,6 +131,8 @@ def _in_graph(
         out = run(body, consts, carry, Stacked(xs) if stacked else xs, length, compile=compile or True, **settings)
         return _publish(site, *out)
     try:
+        if any(isinstance(leaf, _SYMBOLIC) for leaf in _compat.pytree.tree_leaves((consts, carry))):
+            raise CaptureError("a number among the arguments differs from call to call; pass it as a tensor")
         handle = prepare(body, key, length, stacked, options, compile, flat_consts, flat_carry, flat_xs, tensors)
     except CaptureError as error:
         if key not in _warned:
