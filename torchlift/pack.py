@@ -145,11 +145,14 @@ class Packed(Collected):
         told = tuple((s, f"{self.label}: drew from the random stream {s!r}; {how_to(s)}") for s in streams)
         self.refused = (*context.refused, *told)
 
-    def snapshot(self) -> list[Tensor]:
-        """The tensor of each entry; what publish may write into as a copy, for a pure call that runs again later."""
+    def snapshot(self, written: frozenset[int] | None = None) -> list[Tensor]:
+        """The tensor of each entry; what publish may write into as a copy, for a pure call that runs again later.
+
+        That is any buffer, unless it is known which ones are ``written``.
+        """
         tensors = list(self.tensors)
         for index in self.buffers:
-            if self.writable[index]:
+            if self.writable[index] and (written is None or index in written):
                 tensors[index] = tensors[index].clone()
         return tensors
 

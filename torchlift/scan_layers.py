@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
+from torchlift.engine.compiled import SIGNATURES
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import opaque_run
-from torchlift.engine.run import Report, record, run
+from torchlift.engine.run import Report, last_report, record, run
 from torchlift.engine.trees import Parts, split
 from torchlift.errors import (
     CarryError,
@@ -118,7 +120,7 @@ class _Call:
             return "inside another transform inside torch.compile", False
         if any(packed.has_hooks(skip_root=False) for packed in self.packed):
             return "a layer has hooks", False
-        if self._shares_state():
+        if self.shared and (_compat.is_compiling() or self.layers.compile_options is False):
             return "layers share a buffer", False
         if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
             return "some layers are in training mode and some are not", False
@@ -129,14 +131,13 @@ class _Call:
         layers = self.layers
         return (layers.policy or True) if layers.remat or layers.policy or layers.lengths else None
 
-    def _shares_state(self) -> bool:
-        seen: set[int] = set()
-        for packed in self.packed:
-            own = {id(packed.tensors[at]) for at in packed.buffers}
-            if own & seen:
-                return True
-            seen |= own
-        return False
+    @property
+    def shared(self) -> frozenset[int]:
+        """The buffers, by their number, that are those of another layer too: a layer sees what one before it wrote."""
+        owners = Counter(
+            id(tensor) for packed in self.packed for tensor in {packed.tensors[at] for at in packed.buffers}
+        )
+        return frozenset(at for packed in self.packed for at in packed.buffers if owners[id(packed.tensors[at])] > 1)
 
     def plain(self) -> Any:
         """The definition; when a layer raises, what those before it changed is put back."""
@@ -176,10 +177,7 @@ class _Call:
         layers, first = self.layers, self.packed[0]
         # What publish will write into is given as a copy: autograd keeps the inputs of every layer for backward.
         self.attributes = _attributes(first, layers.scanned_attributes)
-        xs: list[Any] = [
-            (packed.snapshot(), [packed.nodes[at].module.__dict__[key] for at, key in self.attributes])
-            for packed in self.packed
-        ]
+        found: Any
         options = {"unroll": layers.unroll, "remat": self.remat, "lengths": layers.lengths, "every": layers.every}
         consts = [constant(leaf) for leaf in first.leaves[len(self.carry) :]]
         states = None if _compat.is_compiling() else (rng.default_states(), rng.positions())
@@ -189,18 +187,28 @@ class _Call:
                 key = _register(layers.settings(), *trees, *layers)
                 if not key:
                     return self.plain()
+                xs = self.xs()
                 carry, found = opaque_run(
                     key, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options
                 )
             else:
                 compile, key = layers.compile_options, layers.label
                 self.check_hidden()
-                if compile is not False:
+                written, xs = None, []
+                if compile is False:
+                    xs = self.xs()
+                else:
                     key = self.key()
-                    xs = self._parts(xs)
+                    written = _Written((key, torch.is_grad_enabled(), self.kinds()))
+                    written.require_apart(self.shared)
+                    xs = self._parts(self.xs(written.known))
                 carry, found = run(
                     Body(self.body, key, layers.label), consts, self.carry, xs, len(xs), compile=compile, **options
                 )
+                report = last_report()
+                if written is not None and report is not None and report.path == "compiled":
+                    written.note(change.entry for y in found for change in _static(y[3]).meta.changes)
+                    written.require_apart(self.shared)
         except (CarryError, UnsupportedError) as error:
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             record(Report(layers.label, "plain", str(error)))
@@ -208,12 +216,25 @@ class _Call:
                 rng.write_states(states[0])
                 rng.rewind(states[1])
             return self.plain()
-        assert isinstance(found, list)
-        ys = [(*y[:3], results[y[3]] if isinstance(y[3], str) else y[3]) for y in found]
+        ys: list[Any] = [(*y[:3], _static(y[3])) for y in found]
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
         return _tree.unflatten([*carry, *extras], static.out)
+
+    def xs(self, written: frozenset[int] | None = None) -> list[Any]:
+        """The tensors and the scanned attributes of each layer; of the buffers that may be ``written`` copies."""
+        return [
+            (packed.snapshot(written), [packed.nodes[at].module.__dict__[key] for at, key in self.attributes])
+            for packed in self.packed
+        ]
+
+    def kinds(self) -> Any:
+        """What the arguments and scanned attributes are, but for the values of tensors."""
+        found = [packed.nodes[at].module.__dict__[key] for packed in self.packed for at, key in self.attributes]
+        tensors = [(leaf.shape, leaf.dtype) for leaf in self.packed[0].leaves if isinstance(leaf, torch.Tensor)]
+        others = [leaf for leaf in self.packed[0].leaves if not isinstance(leaf, torch.Tensor)]
+        return tuple(tensors), fingerprint.of_value([*found, *others]) if found or others else None
 
     def _parts(self, xs: list[Any]) -> list[Parts]:
         """The layers' tensors as the engine takes them apart: layers of one key have one template."""
@@ -253,6 +274,30 @@ class _Call:
         return leaves[:count], (leaves[count:], changed, sown, token(_Static(spec, sown_spec, update.meta)))
 
 
+_changes: OrderedDict[Any, frozenset[int]] = OrderedDict()
+
+
+class _Written:
+    """Which buffers, by their number, the compiled calls of one kind change: the same in each, once that is known.
+
+    NOTE [Copies]. A large buffer that is constant, a mask say, is not copied in each call for those that are not.
+    """
+
+    def __init__(self, call: Any):
+        self.call, self.known = call, _changes.get(call)
+
+    def note(self, entries: Iterable[int]) -> None:
+        self.known = _changes[self.call] = frozenset(entries)
+        _changes.move_to_end(self.call)
+        while len(_changes) > SIGNATURES:
+            _changes.popitem(last=False)
+
+    def require_apart(self, shared: frozenset[int]) -> None:
+        """Refuses layers that write what others read: side by side they would all see what was there before."""
+        if self.known is not None and self.known & shared:
+            raise UnsupportedError("layers share a buffer that they write")
+
+
 def _call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
     return layer(x, *args, **kwargs)
 
@@ -288,6 +333,10 @@ class _Static:
     out: _tree.Spec
     sown: _tree.Spec
     meta: Meta
+
+
+def _static(found: Any) -> _Static:
+    return results[found] if isinstance(found, str) else found
 
 
 def _attributes(packed: Packed, names: Sequence[str]) -> list[tuple[int, str]]:
