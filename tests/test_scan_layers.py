@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import saved_bytes
+from measure import Operations, saved_bytes
 from torch import Tensor, nn
 
 import torchlift
@@ -445,3 +445,16 @@ def test_a_buffer_that_is_not_written_is_not_copied(monkeypatch: Any) -> None:
     monkeypatch.setattr(Packed, "snapshot", noted)
     results(scanned, scanned, torch.randn(5, 4))
     assert copied == [["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]] * 3
+
+
+def test_a_shared_buffer_where_nothing_is_compiled_and_an_export() -> None:
+    table = Table(counts=True)
+    scanned = torchlift.scan_layers([Rotating(table) for _ in range(3)], compile=AOT).eval()
+    x, before = torch.randn(5, 4), table.angles.clone()
+    with Operations(), pytest.warns(TorchliftCompileWarning, match="layer by layer: layers share a buffer that they"):
+        scanned(x)
+    torch.testing.assert_close(table.angles, before + 3)
+    table.counts = False
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(nn.Sequential(scanned), (x,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(torch.ones(7, 4)), scanned(torch.ones(7, 4)), rtol=1e-12, atol=1e-12)

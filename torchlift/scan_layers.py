@@ -120,7 +120,7 @@ class _Call:
             return "inside another transform inside torch.compile", False
         if any(packed.has_hooks(skip_root=False) for packed in self.packed):
             return "a layer has hooks", False
-        if self.shared and (_compat.is_compiling() or self.layers.compile_options is False):
+        if self.shared and (_compat.is_tracing() or self.layers.compile_options is False):
             return "layers share a buffer", False
         if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
             return "some layers are in training mode and some are not", False
@@ -194,21 +194,19 @@ class _Call:
             else:
                 compile, key = layers.compile_options, layers.label
                 self.check_hidden()
-                written, xs = None, []
-                if compile is False:
-                    xs = self.xs()
-                else:
+                written = _Written(None)
+                if compile is not False:
                     key = self.key()
-                    written = _Written((key, torch.is_grad_enabled(), self.kinds()))
+                    if not _compat.is_tracing():
+                        written = _Written((key, torch.is_grad_enabled(), self.kinds()))
                     written.require_apart(self.shared)
-                    xs = self._parts(self.xs(written.known))
+                xs = self.xs(written.known)
+                xs = xs if compile is False else self._parts(xs)
                 carry, found = run(
                     Body(self.body, key, layers.label), consts, self.carry, xs, len(xs), compile=compile, **options
                 )
-                report = last_report()
-                if written is not None and report is not None and report.path == "compiled":
-                    written.note(change.entry for y in found for change in _static(y[3]).meta.changes)
-                    written.require_apart(self.shared)
+                written.note(change.entry for y in found for change in _static(y[3]).meta.changes)
+                written.require_apart(self.shared)
         except (CarryError, UnsupportedError) as error:
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             record(Report(layers.label, "plain", str(error)))
@@ -287,7 +285,11 @@ class _Written:
         self.call, self.known = call, _changes.get(call)
 
     def note(self, entries: Iterable[int]) -> None:
-        self.known = _changes[self.call] = frozenset(entries)
+        self.known = frozenset(entries)
+        report = last_report()
+        if self.call is None or report is None or report.path != "compiled":
+            return  # what the plain loop writes may depend on values
+        _changes[self.call] = self.known
         _changes.move_to_end(self.call)
         while len(_changes) > SIGNATURES:
             _changes.popitem(last=False)
