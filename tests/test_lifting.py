@@ -229,8 +229,9 @@ def test_a_decorator_with_and_without_arguments():
 def test_an_instance_is_refused_with_what_to_write(transform):
     name = getattr(transform, "func", transform).__name__.replace("checkpoint", "remat")
     match = rf"{name}: got an instance of Linear, .*; write {name}\(Linear, \.\.\.\)\(\.\.\.\) .*lambda m, \*args: m\("
-    with pytest.raises(TransformTargetError, match=match):
-        transform(nn.Linear(1, 1))
+    for instance in (nn.Linear(1, 1), functools.partial(nn.Linear(1, 1), torch.ones(1))):
+        with pytest.raises(TransformTargetError, match=match):
+            transform(instance)
     for target in (3, "Linear", [nn.Linear], int, functools.partial):
         with pytest.raises(TransformTargetError, match=rf"{name}: got .*, expected an nn.Module subclass, a functools"):
             transform(target)

@@ -62,8 +62,9 @@ def lift(make: Callable[..., Transform], target: Target, arguments: dict[str, An
     name = make.__name__.lower().strip("_")
     if target is None:
         return functools.partial(lift, make, arguments=arguments, methods=methods)
-    if isinstance(target, nn.Module):
-        cls = type(target).__name__
+    instance = target.func if isinstance(target, functools.partial) else target
+    if isinstance(instance, nn.Module):
+        cls = type(instance).__name__
         raise TransformTargetError(
             f"{name}: got an instance of {cls}, expected its class or a function; write {name}({cls}, ...)(...) for a "
             f"new module, {name}(lambda m, *args: m(*args), ...)(module, ...) for one call of this module"
