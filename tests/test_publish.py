@@ -9,7 +9,13 @@ from ways import NOT_MUTABLE, SIZE, WAYS, Net, clone, close, every_eager_way, ev
 
 import torchlift
 from torchlift import Variable, apply, remat, scan, variable, vmap
-from torchlift.errors import ModifyCollectionError, PlainAttributeError, PublishError, UnsupportedError
+from torchlift.errors import (
+    ModifyCollectionError,
+    PlainAttributeError,
+    PublishError,
+    TorchliftCompileWarning,
+    UnsupportedError,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -206,3 +212,29 @@ def test_a_parameter_set_through_its_variable_is_published_once(way):
     ):
         read_only(module, x)
     assert torch.equal(weight, twin.weight)
+
+
+@pytest.mark.parametrize("loop", ["scan", "scan_layers"])
+def test_a_parameter_written_in_place_is_as_the_loop_leaves_it(loop):
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.mul_(2)
+            return super().forward(x)
+
+    step, x = lambda m, c: (m(c), None), torch.randn(SIZE)
+
+    def run(compile):
+        torch.manual_seed(0)
+        modules = [Doubling(SIZE, SIZE) for _ in range(3)]
+        if loop == "scan":
+            out = scan(step, length=3, compile=compile)(modules[0], x)[0]
+        else:
+            out = torchlift.scan_layers(modules, compile=compile)(x)
+        return out, *(p for module in modules for p in module.parameters())
+
+    expected = run(False)
+    with pytest.warns(TorchliftCompileWarning, match="the body writes in place into what it is given"):
+        got = run({"backend": "aot_eager"})
+    for a, b in zip(got, expected, strict=True):
+        close(a, b)

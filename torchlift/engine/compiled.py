@@ -213,6 +213,9 @@ def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
     while True:
         mode = _compat.new_fake_mode(symbolic=False)
         seen = capture.probe(fn, _fakes(request, mode, _static(request)), mode, request.train)
+        if any(seen.mutated[:a]) or any(seen.mutated[b:]):
+            # A graph writes into copies. What a loop in Python changes so, a parameter say, stays changed.
+            raise CaptureError("the body writes in place into what it is given and does not carry on")
         flags = list(request.flags)
         flags[a:b] = [flag or out for flag, out in zip(flags[a:b], seen.requires_grad)]
         if tuple(flags) == request.flags:
