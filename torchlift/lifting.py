@@ -181,7 +181,10 @@ def _normalise(
 
 # NOTE [Found by name]. Dynamo wraps what it finds in a global, but not what the method of a bound module, which it made
 # itself, has in a closure.
+# Those of classes that are gone are dropped when the next class is made: not whenever the garbage collector likes, since
+# Dynamo may be walking the dict.
 _transforms: dict[str, Transform] = {}
+_gone: list[str] = []
 _numbers = itertools.count()
 
 
@@ -189,8 +192,10 @@ def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> 
     fn = inspect.getattr_static(base, method)
     label = transform.label(base)
     name = str(next(_numbers))
+    while _gone:
+        _transforms.pop(_gone.pop())
     _transforms[name] = transform
-    weakref.finalize(cls, _transforms.pop, name)
+    weakref.finalize(cls, _gone.append, name)
 
     @functools.wraps(fn)
     def lifted(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
