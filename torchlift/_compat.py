@@ -579,6 +579,7 @@ def mapped_axes(tensor: torch.Tensor) -> list[MappedAxis]:
 
 
 _compiled_apart = itertools.count()
+_NO_LIMIT = 1 << 30
 
 
 def compile_apart(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -590,8 +591,15 @@ def compile_apart(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_compiled_apart)}")
     copy = types.FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__, fn.__closure__)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options["recompile_limit"] = 1 << 30
-    return torch.compile(copy, **options)
+        options["recompile_limit"] = _NO_LIMIT
+        return torch.compile(copy, **options)
+    compiled: Any = torch.compile(copy, **options)
+
+    def run(*args: Any) -> Any:  # torch 2.11, where the limit is one for all
+        with torch._dynamo.config.patch(recompile_limit=_NO_LIMIT):
+            return compiled(*args)
+
+    return run
 
 
 def capture_errors() -> tuple[type[BaseException], ...]:
