@@ -38,11 +38,6 @@ def body_of(cell: nn.Module) -> Body:
     return Body(fn, ("cell", cell.rate), "scan(Cell)")
 
 
-@torch.compiler.assume_constant_result
-def register(cell: nn.Module) -> str:
-    return register_body(f"cell {cell.rate}", lambda: body_of(cell))
-
-
 class Layers(nn.Module):
     """Layers run by one operator."""
 
@@ -50,15 +45,15 @@ class Layers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Cell(rate) for _ in range(n))
         self.n, self.stacked, self.backend, self.options = n, stacked, backend, options
+        self.key = register_body(f"cell {rate}", lambda: body_of(self.layers[0]))
 
     def xs(self):
         params = [dict(layer.named_parameters()) for layer in self.layers]
         return Stacked({k: torch.stack([p[k] for p in params]) for k in params[0]}) if self.stacked else params
 
     def forward(self, x):
-        key = register(self.layers[0])
         carry, ys = opaque_run(
-            key, {}, {"h": x}, self.xs(), self.n, compile={"backend": self.backend}, **self.options
+            self.key, {}, {"h": x}, self.xs(), self.n, compile={"backend": self.backend}, **self.options
         )  # fmt: skip
         return carry["h"], self.first(ys)
 
@@ -179,14 +174,10 @@ def test_policy():
     def nothing(ctx, op, *args, **kwargs):
         return CheckpointPolicy.PREFER_RECOMPUTE
 
-    @torch.compiler.assume_constant_result
-    def register_with_policy(cell):
-        return register_body("with a policy", lambda: body_of(cell), nothing)
-
     model = Layers(3, True, rate=0.0)
+    key = register_body("with a policy", lambda: body_of(model.layers[0]), nothing)
 
     def forward(x):
-        key = register_with_policy(model.layers[0])
         carry, ys = opaque_run(
             key, {}, {"h": x}, model.xs(), 3, compile={"backend": "aot_eager"}, remat=nothing
         )  # fmt: skip
