@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import torchlift
-from torchlift import PARTITION_NAME
+from torchlift import PARTITION_NAME, _compat
 
 AOT = {"backend": "aot_eager"}
 D = 3
@@ -398,8 +398,15 @@ REFUSALS += [
 ]
 
 
-def refusal_of(outer: str, inner: str, compiled=False):
+# By torch 2.11, before those: whatever jit or torch.compile would have to trace, but for these, which trace their body.
+TRACED = ("jit", "named_call")
+UNTRACED = Refusal("torch.compile of torch 2.11 cannot trace a lifted module", "", "", None, None, False)
+
+
+def refusal_of(outer: str, inner: str, compiled=False, traced=_compat.TRACES_MODULES):
     """The first refusal that covers a pair, or None."""
+    if not traced and (compiled and outer not in TRACED or (compiled or outer == "jit") and inner not in TRACED):
+        return UNTRACED
     return next((refusal for refusal in REFUSALS if refusal.covers(outer, inner, compiled)), None)
 
 
@@ -410,7 +417,8 @@ def _partner(outer: str):
     """What is compiled inside of ``outer``: the second function after it in the table, or the next that is not refused."""
     names = list(FUNCTIONS)
     at = names.index(outer)
-    return next((name for name in [*names, *names][at + 2 :] if refusal_of(outer, name, True) is None), names[at - 1])
+    equal = (name for name in [*names, *names][at + 2 :] if refusal_of(outer, name, True, traced=True) is None)
+    return next(equal, names[at - 1])
 
 
 EAGER = [(outer, inner, False) for outer in [*FUNCTIONS, *OUTSIDE] for inner in FUNCTIONS]
@@ -420,7 +428,7 @@ COMPILED = [
     (outer, inner, True)
     for outer in FUNCTIONS
     for inner in FUNCTIONS
-    if inner == _partner(outer) or outer != "while_loop" and refusal_of(outer, inner, True)
+    if inner == _partner(outer) or outer != "while_loop" and refusal_of(outer, inner, True, traced=True)
 ]
 COMPILED += [(outer, "custom_vjp", True) for outer in TORCHS]
 

@@ -32,6 +32,6 @@ def test_cell(cell, float64):
 
 
 def test_every_refusal_is_of_some_cell_and_in_the_list():
-    refused = [refusal_of(cell) for cell in CELLS]
+    refused = [refusal_of(cell, traced=True) for cell in CELLS]
     assert all(refusal in refused for refusal in REFUSALS)
     assert len(limits(CELLS)) == len(REFUSALS)

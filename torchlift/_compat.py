@@ -52,6 +52,20 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return is_fake(tensor) or isinstance(tensor, torch._subclasses.functional_tensor.FunctionalTensor)
 
 
+# Dynamo of torch 2.11 does not walk the __dict__ of a module, nor give one to a function that it calls at trace time;
+# and it takes no notice of the setter of a property. (Versions are compared here, not text.)
+TRACES_MODULES = TRACES_SETTERS = torch.__version__ >= "2.12"
+NOT_TRACED = (
+    "torch.compile of torch 2.11 cannot trace a lifted module; leave out fullgraph=True, so that it runs between two "
+    "graphs and compiles its own loops, or use torch 2.12"
+)
+
+
+def outside_of_graphs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, which works on lifted modules: no graph of ``torch.compile`` holds it where Dynamo cannot trace it."""
+    return fn if TRACES_MODULES else torch.compiler.disable(fn, reason=NOT_TRACED)
+
+
 NormBase = torch.nn.modules.batchnorm._NormBase
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 

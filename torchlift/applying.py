@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchlift import _compat
 from torchlift._context import context, entered
 from torchlift.errors import ArgumentError, TransformTargetError, VariableNameError
 from torchlift.filters import Filter, check, matches
@@ -17,6 +18,7 @@ from torchlift.rng import seed_rngs
 from torchlift.variables import Capture, sow_at
 
 
+@_compat.outside_of_graphs
 def apply(
     module: nn.Module,
     variables: Mapping[str, Mapping[str, Tensor]],

@@ -57,6 +57,7 @@ class Transform:
         return f"{self.name}({', '.join([_name_of(target), *given])})"
 
 
+@_compat.outside_of_graphs
 def lift(make: Callable[..., Transform], target: Target, arguments: dict[str, Any], methods: Any = None) -> Any:
     """Applies the transform that ``make(**arguments)`` builds to any target."""
     name = make.__name__.lower().strip("_")

@@ -88,6 +88,7 @@ class ScanLayers(nn.ModuleList):
                     "tensors' values, requires_grad, and the names in scanned_attributes="
                 )
 
+    @_compat.outside_of_graphs
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the layers in order on ``x``; extra arguments go to every layer."""
         if not len(self):
@@ -379,6 +380,7 @@ def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> s
     return None
 
 
+@_compat.outside_of_graphs
 def scan_layers(
     layers: Iterable[nn.Module],
     *,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from torchlift import _compat
 from torchlift.errors import ModifyCollectionError, PublishError
 
 from .build import Cell
@@ -83,17 +84,27 @@ REFUSALS = [
     ),
 ]
 
+# By torch 2.11, beside those.
+UNTRACED = Refusal(
+    RuntimeError,
+    "torch.compile of torch 2.11 cannot trace a lifted module",
+    "",
+    "",
+    contexts=("compiled",),
+)
 
-def refusal_of(cell):
+
+def refusal_of(cell, traced=_compat.TRACES_MODULES):
     """The first refusal that covers a cell, or None."""
-    return next((refusal for refusal in REFUSALS if refusal.covers(cell)), None)
+    refusals = REFUSALS if traced else [UNTRACED, *REFUSALS]
+    return next((refusal for refusal in refusals if refusal.covers(cell)), None)
 
 
 def limits(cells):
-    """The refused cells as a Markdown list, one line for each refusal."""
+    """The refused cells as a Markdown list, one line for each refusal; on torch 2.11 there is one more."""
     lines = []
     for refusal in REFUSALS:
-        count = sum(refusal_of(cell) is refusal for cell in cells)
+        count = sum(refusal_of(cell, traced=True) is refusal for cell in cells)
         columns = (refusal.transforms, refusal.modules, refusal.contexts)
         where = " / ".join(", ".join(names) if names else "any" for names in columns)
         lines.append(

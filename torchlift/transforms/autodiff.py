@@ -164,6 +164,7 @@ def _started(
     return *graph.form.joined(graph.outs, rest), Pullback(call.operands, how, graph), packed
 
 
+@_compat.outside_of_graphs
 def vjp(
     fn: Callable[..., Any],
     mdl: nn.Module,
@@ -221,6 +222,7 @@ def vjp(
     return (out, pullback, aux) if has_aux else (out, pullback)
 
 
+@_compat.outside_of_graphs
 def value_and_grad(
     fn: Callable[..., Any],
     mdl: nn.Module,
@@ -260,6 +262,7 @@ def value_and_grad(
     return (value if has_aux else value[0]), grads
 
 
+@_compat.outside_of_graphs
 def grad(
     fn: Callable[..., Any],
     mdl: nn.Module,
@@ -316,6 +319,7 @@ def _value_and_grad(
     return (out, aux) if has_aux else (out,), tuple(grads)
 
 
+@_compat.outside_of_graphs
 def jvp(
     fn: Callable[..., Any],
     mdl: nn.Module,

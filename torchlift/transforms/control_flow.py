@@ -233,6 +233,7 @@ def _leaf_kinds(form: _Form) -> list[str]:
     return [next(kinds) if leaf is None else repr(leaf[0]) for leaf in form.leaves]
 
 
+@_compat.outside_of_graphs
 def cond(
     pred: Any,
     true_fun: Callable[..., Any],
@@ -289,6 +290,7 @@ def cond(
     return _Choice(label, dict(zip(("true_fun", "false_fun"), functions)), mdl, operands, variables, rngs).run(index)
 
 
+@_compat.outside_of_graphs
 def switch(
     index: Any,
     branches: Sequence[Callable[..., Any]],

@@ -31,6 +31,7 @@ class _Custom_vjp(Transform):
     def label(self, target: Any) -> str:
         return check_function("custom_vjp", target)
 
+    @_compat.outside_of_graphs
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:
@@ -356,6 +357,7 @@ def _refuse_transformed(label: str, name: str, fn: Any, seen: set[int]) -> None:
                 _refuse_transformed(label, name, leaf, seen)
 
 
+@_compat.outside_of_graphs
 def custom_vjp(
     fn: Callable[..., Any],
     forward_fn: Callable[..., Any],

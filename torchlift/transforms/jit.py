@@ -108,6 +108,7 @@ class _Jit(Transform):
             sow_at(roots[at].get_submodule(path), Site(at, path, collection, name), value)
         return give_up(donated, out, roots) if donated else out
 
+    @_compat.outside_of_graphs
     def _inline(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None,
         publish: bool = True,

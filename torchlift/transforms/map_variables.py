@@ -35,6 +35,7 @@ class _Map_variables(Transform):
     rngs: Filter = True
     variables: Filter = True
 
+    @_compat.outside_of_graphs
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torchlift import metadata
+from torchlift import _compat, metadata
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
@@ -35,6 +35,7 @@ class _Add_metadata_axis(Transform):
         __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]  # for help() and inspect.signature
         return {"__init__": __init__}
 
+    @_compat.outside_of_graphs
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:

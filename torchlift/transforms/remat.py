@@ -26,6 +26,7 @@ class _Remat(Transform):
     def __post_init__(self) -> None:
         check_policy(self.policy, "remat: policy")
 
+    @_compat.outside_of_graphs
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchlift import _tree, fingerprint, stacking
+from torchlift import _compat, _tree, fingerprint, stacking
 from torchlift.engine.loop import Body
 from torchlift.errors import AxisError, TransformTargetError, UnsupportedError
 from torchlift.filters import DenyList, Filter, In, Out
@@ -76,6 +76,7 @@ class _Scan(_Loop):
         how = super().stacking(base)
         return how and replace(how, metadata_params=self.metadata_params)
 
+    @_compat.outside_of_graphs
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:
@@ -116,6 +117,7 @@ class _Remat_scan(_Loop):
     def sizes(self) -> tuple[int, ...] | None:
         return self.lengths
 
+    @_compat.outside_of_graphs
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:

@@ -49,6 +49,7 @@ class _Vmap(Transform):
         named = {} if self.spmd_axis_name is None else {metadata.PARTITION_NAME: self.spmd_axis_name}
         return {**named, **self.metadata_params}
 
+    @_compat.outside_of_graphs
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ) -> Any:

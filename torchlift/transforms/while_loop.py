@@ -238,6 +238,7 @@ class _While:
         return _tree.unflatten(self.leaves(operands), self.spec)
 
 
+@_compat.outside_of_graphs
 def while_loop(
     cond_fn: Callable[..., Any],
     body_fn: Callable[..., Any],
