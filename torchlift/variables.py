@@ -125,6 +125,9 @@ class Variable:
 
     @value.setter
     def value(self, value: Tensor) -> None:
+        self._set(value)
+
+    def _set(self, value: Tensor) -> None:
         store = self._store()
         value = torch.as_tensor(value)
         if isinstance(store[self.name], nn.Parameter) and AT not in self.module.__dict__:
@@ -134,6 +137,14 @@ class Variable:
                 _compat.writable(store[self.name]).copy_(value)
         else:
             store[self.name] = value
+
+    if not _compat.TRACES_SETTERS:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "value":
+                self._set(value)
+            else:
+                object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         return f"Variable(collection={self.collection!r}, name={self.name!r}, value={self.value!r})"
