@@ -398,9 +398,9 @@ REFUSALS += [
 ]
 
 
-# By torch 2.11, before those: whatever jit or torch.compile would have to trace, but for these, which trace their body.
+# Before torch 2.13, ahead of those: whatever jit or torch.compile would have to trace, but for these, which trace their body.
 TRACED = ("jit", "named_call")
-UNTRACED = Refusal("torch.compile of torch 2.11 cannot trace a lifted module", "", "", None, None, False)
+UNTRACED = Refusal("torch.compile before torch 2.13 cannot trace a lifted module", "", "", None, None, False)
 
 
 def refusal_of(outer: str, inner: str, compiled=False, traced=_compat.TRACES_MODULES):

@@ -52,12 +52,14 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return is_fake(tensor) or isinstance(tensor, torch._subclasses.functional_tensor.FunctionalTensor)
 
 
-# Dynamo of torch 2.11 does not walk the __dict__ of a module, nor give one to a function that it calls at trace time;
-# and it takes no notice of the setter of a property. (Versions are compared here, not text.)
-TRACES_MODULES = TRACES_SETTERS = torch.__version__ >= "2.12"
+# Dynamo of torch 2.11 does not walk the __dict__ of a module, nor give one to a function that it calls at trace time,
+# and takes no notice of the setter of a property. That of 2.12 lets a checkpoint or a loop set nothing around it, even
+# for a while, as entering a body does. (Versions are compared here, not text.)
+TRACES_SETTERS = torch.__version__ >= "2.12"
+TRACES_MODULES = torch.__version__ >= "2.13"
 NOT_TRACED = (
-    "torch.compile of torch 2.11 cannot trace a lifted module; leave out fullgraph=True, so that it runs between two "
-    "graphs and compiles its own loops, or use torch 2.12"
+    "torch.compile before torch 2.13 cannot trace a lifted module; leave out fullgraph=True, so that it runs between "
+    "two graphs and compiles its own loops, or use torch 2.13"
 )
 
 

@@ -182,8 +182,8 @@ def _normalise(
 
 # NOTE [Found by name]. Dynamo wraps what it finds in a global, but not what the method of a bound module, which it made
 # itself, has in a closure.
-# Those of classes that are gone are dropped when the next class is made: not whenever the garbage collector likes, since
-# Dynamo may be walking the dict.
+# Those of classes that are gone are dropped when the next class is made: not whenever the garbage collector likes,
+# since Dynamo may be walking the dict.
 _transforms: dict[str, Transform] = {}
 _gone: list[str] = []
 _numbers = itertools.count()

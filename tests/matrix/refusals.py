@@ -84,10 +84,10 @@ REFUSALS = [
     ),
 ]
 
-# By torch 2.11, beside those.
+# Before torch 2.13, beside those.
 UNTRACED = Refusal(
     RuntimeError,
-    "torch.compile of torch 2.11 cannot trace a lifted module",
+    "torch.compile before torch 2.13 cannot trace a lifted module",
     "",
     "",
     contexts=("compiled",),
@@ -101,7 +101,7 @@ def refusal_of(cell, traced=_compat.TRACES_MODULES):
 
 
 def limits(cells):
-    """The refused cells as a Markdown list, one line for each refusal; on torch 2.11 there is one more."""
+    """The refused cells as a Markdown list, one line for each refusal; before torch 2.13 there is one more."""
     lines = []
     for refusal in REFUSALS:
         count = sum(refusal_of(cell, traced=True) is refusal for cell in cells)
