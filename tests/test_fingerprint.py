@@ -149,7 +149,6 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_class_reads_is_seen_to_change(change, monkeypatch):
     monkeypatch.setattr(ways, "FACTOR", 1.0, raising=False)
-    fingerprint._read_by.cache_clear()
     layers, x = [Reader(2, 2) for _ in range(2)], torch.randn(3, 2)
     run = scan_layers(layers, compile=AOT)
     for value in (1.0, 3.0, 1.0):

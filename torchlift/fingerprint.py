@@ -1,9 +1,9 @@
 """Content keys: what a compiled body depends on besides its tensors, as one hashable value.
 
 NOTE [Content]. A graph that was captured without guards is right only while everything that Python read in capture is
-still as it was. So the key holds the classes of the modules and their plain attributes, the body's code, closure and
-defaults, and plain numbers among the globals that the code names: by value, never by a small integer id, which goes
-stale when an object dies.
+still as it was. So the key holds the classes of the modules, their plain attributes, the body's code, closure and
+defaults, and what all that code reads of globals: by value, never by a small integer id, which goes stale when an
+object dies.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import inspect
 import types
+import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -41,14 +42,19 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
 
     ``skip`` names plain attributes that are not part of it.
     """
+    captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
+    classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
+    contents = tuple([of_class(cls) for cls in classes if not _is_library(cls.__module__)])
+    return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures)
+
+
+def of_modules(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
+    """The part of the key that differs between calls of one function with several modules of the same classes."""
     known = {} if packed.memory is None else packed.memory.keys
     nodes = known.get(tuple(skip))
     if nodes is None:
         nodes = known[tuple(skip)] = tuple(_of_node(node, skip) for node in packed.nodes)
-    captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
-    classes = dict.fromkeys(type(node.module) for node in packed.nodes)
-    around = tuple(_around(cls) for cls in classes)
-    return (of_value(packed.fn), nodes, around, packed.inside, captures, tuple(packed.writable), packed.hidden)
+    return (nodes, tuple(packed.writable), packed.hidden)
 
 
 def of_module(module: nn.Module) -> dict[str, Hashable]:
@@ -149,7 +155,7 @@ class _Reader:
             return ("method", self.all((value.__func__, value.__self__)))
         if isinstance(value, types.FunctionType):
             parts = (value.__defaults__, value.__kwdefaults__, *map(in_cell, value.__closure__ or ()))
-            return ("function", value.__code__, self.all(parts), _globals_of(value))
+            return ("function", value.__code__, self.all(parts), *_values(_names_read([value])))
         fields = getattr(value, "__dict__", None)
         if fields and kind.__module__ != "builtins":
             self.objects += not _tree.is_node(value)
@@ -165,16 +171,49 @@ class _Reader:
         return (kind, value)
 
 
-def _globals_of(fn: types.FunctionType) -> Hashable:
-    known = fn.__globals__
-    plain = (bool, int, float, str)
-    return tuple((name, known[name]) for name in fn.__code__.co_names if type(known.get(name)) in plain)
+# Code ----------------------------------------------------------------------------------------------------------------
+
+_Names = list[tuple[Mapping[str, Any], str]]  # namespaces of modules, and a name in each
+# For each class its members, the names that its methods read, and what these are.
+_classes: weakref.WeakKeyDictionary[type, tuple[Any, _Names, Any]] = weakref.WeakKeyDictionary()
 
 
-def _around(cls: type) -> Hashable:
-    """What the methods of a class read beside their arguments, where that is plain: class attributes and globals."""
-    found = [(name, space.get(name)) for space, names in _read_by(cls) for name in names]
-    return tuple([(name, of_value(value)) for name, value in found if _is_plain(value)])
+def of_class(cls: type) -> Hashable:
+    """What a class holds, and what its methods, and the functions that they call, read of globals.
+
+    NOTE [Classes]. A class may be changed where its instances are not: an attribute of it, a method, a global that a
+    method names, the code of a helper. So all of it is compared at each call, which takes a few microseconds, and what
+    to compare is found anew where something differs. Nothing here keeps a class alive: functions stand for their code.
+    """
+    own = [item for base in cls.__mro__ if not _is_library(base.__module__) for item in vars(base).items()]
+    members = [(name, _outline(value)) for name, value in own if not name.startswith("__") or callable(value)]
+    known = _classes.get(cls)
+    if known is None or known[0] != members or _values(known[1]) != known[2]:
+        names = _names_read([value for _, value in own])
+        known = _classes[cls] = (members, names, _values(names))
+    return (*members, *known[2])
+
+
+def _values(names: _Names) -> list[Hashable]:
+    return [(name, _outline(space.get(name))) for space, name in names]
+
+
+def _outline(value: Any) -> Hashable:
+    """A value if it is plain; of a function, or method of any kind, its code, and of what it wraps."""
+    fn = _function(value)
+    if fn is not None:
+        return (
+            fn.__code__,
+            *[_outline(f) for f in map(in_cell, fn.__closure__ or ()) if _function(f) not in (None, fn)],
+        )
+    return of_value(value) if _is_plain(value) else type(value).__qualname__
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    if isinstance(value, types.FunctionType):
+        return value
+    inner = [getattr(value, key, None) for key in ("__func__", "fget", "func")]  # static and class methods, properties
+    return next((fn for fn in inner if isinstance(fn, types.FunctionType)), None)
 
 
 def _is_plain(value: Any) -> bool:
@@ -183,46 +222,38 @@ def _is_plain(value: Any) -> bool:
     return type(value) in _ATOMS
 
 
-@functools.cache
-def _read_by(cls: type) -> list[tuple[Mapping[str, Any], list[str]]]:
-    """Namespaces, and names in them, that the methods of a class read, and the functions that those call."""
-    spaces: dict[int, Mapping[str, Any]] = {
-        id(base): vars(base) for base in cls.__mro__ if not _is_torch(base.__module__)
-    }
-    todo: list[Any] = [value for space in spaces.values() for value in space.values()]
-    seen: dict[types.FunctionType, None] = {}
+def _names_read(values: list[Any]) -> _Names:
+    """The globals that functions among ``values`` read, those that are plain or functions, and what these read."""
+    found: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+    seen: set[types.FunctionType] = set()
+    todo = [fn for fn in map(_function, values) if fn is not None]
     while todo:
-        value = todo.pop()
-        if isinstance(value, types.FunctionType):
-            if value in seen:
-                continue
-            seen[value] = None
-            known = value.__globals__
-            todo += map(in_cell, value.__closure__ or ())  # what a decorator wraps
-            if not _is_torch(known.get("__name__")):
-                spaces[id(known)] = known
-                todo += [known[name] for name in _names(value.__code__) if name in known]
-        elif isinstance(value, types.ModuleType) and not _is_torch(value.__name__):
-            spaces[id(value)] = vars(value)
-        else:  # methods of all kinds
-            todo += [fn for key in _INNER if isinstance(fn := getattr(value, key, None), types.FunctionType)]
-    codes = [fn.__code__ for fn in seen if id(fn.__globals__) in spaces]
-    names = dict.fromkeys(name for code in codes for name in _names(code) if not name.startswith("__"))
-    found = [(space, [name for name in names if _is_plain(space.get(name, cls))]) for space in spaces.values()]
-    return [(space, read) for space, read in found if read]
-
-
-_INNER = ("__func__", "fget", "func")  # of class and static methods, of properties
+        fn = todo.pop()
+        if fn in seen or _is_library(fn.__globals__.get("__name__")):
+            continue
+        seen.add(fn)
+        todo += [inner for cell in fn.__closure__ or () if (inner := _function(in_cell(cell))) is not None]
+        names = _names(fn.__code__)
+        spaces = [fn.__globals__, *(vars(m) for m in map(fn.__globals__.get, names) if isinstance(m, types.ModuleType))]
+        for space in spaces:
+            if space is fn.__globals__ or not _is_library(space.get("__name__")):
+                for name in names:
+                    value = space.get(name)
+                    inner = _function(value)
+                    if name in space and (inner is not None or _is_plain(value)):
+                        found[id(space), name] = space, name
+                        todo += [] if inner is None else [inner]
+    return list(found.values())
 
 
 def _names(code: types.CodeType) -> list[str]:
     """The names in a piece of code, and in those inside of it."""
     inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
-    return [*code.co_names, *inner]
+    return [name for name in (*code.co_names, *inner) if not name.startswith("__")]
 
 
-def _is_torch(name: str | None) -> bool:
-    return name is None or name.partition(".")[0] in ("torch", "torchlift", "builtins")
+def _is_library(name: str | None) -> bool:
+    return name is None or name.partition(".")[0] in ("torch", "torchlift", "builtins", "numpy")
 
 
 def digest(key: Hashable) -> str:

@@ -242,10 +242,10 @@ class _Call:
 
     def key(self) -> Any:
         """What the compiled body depends on; all layers agree in it, or are refused."""
-        keys = [fingerprint.of_packed(packed, self.layers.scanned_attributes) for packed in self.packed]
-        if any(key != keys[0] for key in keys):
+        first, *others = [fingerprint.of_modules(packed, self.layers.scanned_attributes) for packed in self.packed]
+        if any(key != first for key in others):
             self.layers.check()
-        return keys[0]
+        return fingerprint.of_packed(self.packed[0], self.layers.scanned_attributes)
 
     def check_hidden(self) -> None:
         """Refuses layers that hold tensors or modules of their own where those of no other can take their place."""
