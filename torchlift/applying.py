@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,7 +59,7 @@ def apply(
     label = f"apply({type(module).__name__})"
     if not isinstance(module, nn.Module):
         raise TransformTargetError(f"{label}: got {module!r}, expected an nn.Module: apply(module, variables, ...)")
-    if not isinstance(variables, Mapping) or not all(isinstance(named, Mapping) for named in variables.values()):
+    if not _are_mappings((variables,)) or not _are_mappings(variables.values()):
         raise ArgumentError(
             f"{label}: got variables of type {type(variables).__name__}, expected {{collection: {{name: tensor}}}}; "
             "parameters alone are {'params': {name: tensor}}"
@@ -67,7 +67,10 @@ def apply(
     check(mutable, f"{label}: mutable")
     outer = context.captures
     frames = (*outer, Capture(mutable)) if mutable is not False else outer
-    with entered(captures=frames), seed_rngs(**rngs) if rngs else nullcontext():
+    with (
+        entered(captures=frames) if mutable is not False else nullcontext(),
+        seed_rngs(**rngs) if rngs else nullcontext(),
+    ):
         packed = Packed(_method(module, method), module, args, kwargs, label)
         packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
         out, update = packed.pure(_overridden(packed, variables), packed.leaves)
@@ -91,13 +94,17 @@ def apply(
     return out, updated
 
 
+def _are_mappings(values: Iterable[Any]) -> bool:
+    return all(type(value) is dict or isinstance(value, Mapping) for value in values)
+
+
 def _call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
 def _method(module: nn.Module, method: Any) -> Callable[..., Any]:
     if method is None:
-        return lambda m, /, *args, **kwargs: m(*args, **kwargs)
+        return _call
     found = getattr(type(module), method, None) if isinstance(method, str) else method
     if not callable(found):
         raise VariableNameError(f"apply({type(module).__name__}): there is no method {method!r}")

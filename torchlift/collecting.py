@@ -201,7 +201,8 @@ class Collected:
 
     def has_hooks(self, skip_root: bool) -> bool:
         """Whether any module has hooks, which a captured graph would run once and never again."""
-        return any(
+        # What is remembered has none.
+        return self.memory is None and any(
             _acts(hook)
             for at, node in enumerate(self.nodes)
             if at or not skip_root

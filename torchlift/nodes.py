@@ -115,10 +115,11 @@ class Memory:
 
     def _look(self) -> tuple[list[int], list[Any]]:
         sizes, held = contents(self._dicts)
-        every = chain.from_iterable
-        return [*sizes, *map(len, self._lists), *map(len, self._stores)], [
-            *held, *every(self._dicts), *every(self._lists), *every(self._stores)
-        ]  # fmt: skip
+        # Of attributes the last name: one that takes the place of another goes to the end.
+        names = chain(map(next, map(reversed, self._fields)), *self._dicts[len(self._fields) :], *self._stores)
+        if not self._lists:
+            return [*sizes, *map(len, self._stores)], [*held, *names]
+        return [*sizes, *map(len, self._stores), *map(len, self._lists)], [*held, *names, *chain(*self._lists)]
 
     def _look_for_none(self) -> list[bool]:
         return [tensor is None for tensor in chain.from_iterable(map(dict.values, self._stores))]

@@ -184,11 +184,12 @@ class Packed(Collected):
         # grad. A parameter is bound as it is: twice the memory of a model is too much for a write that is an error in
         # torch, outside of no_grad, and right there.
         bound = list(tensors)
-        # Not as inference tensors: no one counts the writes into those.
-        with _compat.normal_tensors():
-            for index in self.buffers:
-                # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
-                bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
+        if self.buffers:
+            # Not as inference tensors: no one counts the writes into those.
+            with _compat.normal_tensors():
+                for index in self.buffers:
+                    # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
+                    bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
         versions = {index: _compat.version(bound[index]) for index in self.buffers}
         shadows = self.shadows(bound, self.hidden, self.inside)
         for (at, key), value in (attributes or {}).items():
@@ -204,7 +205,10 @@ class Packed(Collected):
         frame = Capture(_AnyOf(frames))
         drawn = self._draws_refused()
         try:
-            with entered(captures=(frame,) if frames else (), axes=self.context["axes"], refused=self.refused):
+            if frames or context.captures or self.refused or context.refused or context.axes or self.context["axes"]:
+                with entered(captures=(frame,) if frames else (), axes=self.context["axes"], refused=self.refused):
+                    out = self.fn(shadows[0], *args, **kwargs)
+            else:  # there is nothing around
                 out = self.fn(shadows[0], *args, **kwargs)
         except BaseException as error:  # what ends a run to start another too
             self._check_containers(held, shadows, error)
