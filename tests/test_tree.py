@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -88,6 +89,11 @@ def test_one_axis_covers_every_leaf(tree):
 )
 def test_paths(tree, expected):
     assert _tree.paths(tree) == expected
+
+
+def test_what_stands_beside_a_tuple_is_not_compared():
+    array = np.array([1.0, 2.0])  # with a dict it compares element by element
+    assert _tree.flatten(((torch.ones(1),), array))[0][1] is array
 
 
 def test_modules_and_variables_are_leaves():

@@ -235,6 +235,20 @@ class Accumulator(nn.Module):
         return before
 
 
+@pytest.mark.parametrize("size", [(), (2,)])
+def test_a_write_into_shared_state_is_refused_whatever_torch_says_of_it(size):
+    module = nn.Module()
+    variable(module, "state", "total", torch.zeros, size)
+
+    def add(m, x):
+        m.total += x.sum()
+        return x
+
+    with pytest.raises(ModifyCollectionError, match=r"'total'.*variable_axes=\{'state': 0\}"):
+        vmap(add)(module, torch.ones(N, 2))
+    assert not module.total.any()
+
+
 def test_in_is_read_only_and_out_is_created():
     module = Accumulator()
     stack = stack_modules([Accumulator() for _ in range(N)])

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -541,6 +542,17 @@ def vmap_of_lists(
     with functorch.vmap_increment_nesting(size, randomness) as level:
         rows = [t if d is None else functorch._add_batch_dim(t, d % t.ndim, level) for t, d in zip(tensors, dims)]
         return [functorch._remove_batch_dim(out, level, size, 0) for out in fn(rows)]
+
+
+_WROTE_SHARED = ("vmap: inplace arithmetic", "which will be updated in place, were not batched", "vmap: aten::")
+_TOO_SMALL = re.compile(r"output with shape \[([\d, ]*)\] doesn't match the broadcast shape \[\d+(?:, )?([\d, ]*)\]")
+
+
+def wrote_shared(message: str, shapes: list[torch.Size]) -> bool:
+    """Whether torch says so of a write, under ``vmap``, into a tensor of one of ``shapes`` that is not mapped."""
+    sizes = _TOO_SMALL.search(message)
+    small = sizes is not None and sizes[1] == sizes[2] and sizes[1] in [str(list(shape))[1:-1] for shape in shapes]
+    return small or any(part in message for part in _WROTE_SHARED)
 
 
 # --- rows of mapped axes ------------------------------------------------------------------------------------------

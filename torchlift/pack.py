@@ -76,10 +76,6 @@ class Update(NamedTuple):
     meta: Meta
 
 
-# What torch says when an operator under vmap writes into a tensor that is not mapped.
-WRITES_SHARED = ("vmap: inplace arithmetic", "which will be updated in place, were not batched", "vmap: aten::")
-
-
 def _how_to_split(stream: str) -> str:
     return (
         f"the transform was not told how to treat it: add split_rngs={{{stream!r}: True}} for fresh draws at every "
@@ -362,9 +358,13 @@ class Packed(Collected):
 
     # Publish ---------------------------------------------------------------------------------------------------------
 
+    def wrote_shared(self, error: RuntimeError) -> bool:
+        """Whether torch says so that under ``vmap`` something was written into a buffer that is not mapped."""
+        return _compat.wrote_shared(str(error), [self.tensors[index].shape for index in self.buffers])
+
     def _explain_write(self, error: RuntimeError) -> None:
         """batch_norm refuses to write statistics that lack the axis of an outer ``vmap``, before publish can."""
-        if self.transformed and any(part in str(error) for part in WRITES_SHARED):
+        if self.transformed and self.wrote_shared(error):
             if self.buffers and all(self.writable[index] for index in self.buffers):
                 names = sorted({self.entries[index].collection for index in self.buffers})
                 raise PublishError(

@@ -14,7 +14,7 @@ from torchlift.engine.run import Report, record
 from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, TorchliftWarning, warn
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
-from torchlift.pack import WRITES_SHARED, Packed, Update
+from torchlift.pack import Packed, Update
 from torchlift.transforms.options import check_axes, check_count, check_size
 
 
@@ -98,7 +98,7 @@ class _Vmap(Transform):
             text = str(error)
             if "randomness error mode" in text:
                 raise RandomnessError(dict(run.packed.refused)[rng.DROPOUT]) from error
-            if any(part in text for part in WRITES_SHARED):
+            if run.packed.wrote_shared(error):
                 raise ModifyCollectionError(_shared_write(run.packed, groups)) from error
             if self.axis_name is not None or not any(part in text for part in _NO_BATCHING_RULE):
                 raise
