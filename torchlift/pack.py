@@ -102,10 +102,13 @@ class Packed(Collected):
         self.hidden: frozenset[int] = frozenset()
 
     def beside(self, module: nn.Module) -> Packed:
-        """The same call of another module, not bound where this one's is not."""
+        """The same call of another module, not bound where this one's is not; it may change the same collections."""
         other = copy.copy(self)
-        other._collect(module)
-        other.writable = [False] * len(other.entries)
+        if _compat.is_compiling() and self.simple:
+            other._collect_like(module, self)
+        else:
+            other._collect(module)
+            other.allow(self._writable_collection, self._how_to_write)
         return other
 
     # Group -----------------------------------------------------------------------------------------------------------

@@ -110,22 +110,25 @@ class _Call:
     def __init__(self, layers: ScanLayers, x: Any, args: Any, kwargs: Any):
         self.layers, self.x, self.args, self.kwargs = layers, x, args, kwargs
         first = Packed(_call_layer, layers[0], (x, *args), kwargs, layers.label)
+        first.allow(lambda collection: True, str)
         self.packed = [first, *(first.beside(layer) for layer in list(layers)[1:])]
-        for packed in self.packed:
-            packed.allow(lambda collection: True, str)
         self.carry, self.carry_spec = _tree.flatten(x)
 
     def why_plain(self) -> tuple[str | None, bool]:
         """Why the layers must be called one by one in Python (None: they need not), and whether to warn of it."""
         if _compat.is_compiling() and self.packed[0].nested:
             return "inside another transform inside torch.compile", False
-        if any(packed.has_hooks(skip_root=False) for packed in self.packed):
+        if not _compat.is_compiling() and self.has_hooks:  # Dynamo is slow at it: there, _register looks for them
             return "a layer has hooks", False
         if self.shared and (_compat.is_tracing() or self.layers.compile_options is False):
             return "layers share a buffer", False
         if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
             return "some layers are in training mode and some are not", False
         return fingerprint.opaque(self.packed[0].leaves), True
+
+    @property
+    def has_hooks(self) -> bool:
+        return any(packed.has_hooks(skip_root=False) for packed in self.packed)
 
     @property
     def remat(self) -> Any:
@@ -320,6 +323,8 @@ def _register(settings: dict[str, Any], x: Any, args: Any, kwargs: Any, *modules
 
     call, policy = make(*modules), settings["policy"]
     label = call.layers.label
+    if call.has_hooks:  # as everywhere in torch.compile, hooks are taken to be those that there are when it traces
+        return ""
     try:
         call.check_hidden()
         key = fingerprint.digest((call.key(), policy))
