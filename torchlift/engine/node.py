@@ -50,18 +50,22 @@ class _Execution:
         return [*self.consts, *carry, *xs, *self.closures]
 
     def forward(self, lo: int, hi: int, carry: Tensors) -> Iterator[tuple[int, Tensors, Tensors]]:
-        """Runs chunks ``lo`` to ``hi``; yields each one's number, the carry it was given and all its outputs."""
+        """Runs chunks ``lo`` to ``hi``; yields each one's number, the carry it was given and all its outputs.
+
+        Those are in a list that is emptied before the next one runs: what is not taken out does not live beside it.
+        """
         plan = self.plan
         for chunk in range(lo, hi):
             if self.start is not None and chunk > 0:
                 write_states(self.start)
-            outs = plan.chunks[chunk][0].fw(self.inputs(chunk, carry))
-            given, carry = carry, list(outs[: plan.carries])
+            outs = list(plan.chunks[chunk][0].fw(self.inputs(chunk, carry)))
+            given, carry = carry, outs[: plan.carries]
             yield chunk, given, outs
+            outs.clear()
 
     def advance(self, lo: int, hi: int, carry: Tensors) -> Tensors:
         for _, _, outs in self.forward(lo, hi, carry):
-            carry = list(outs[: self.plan.carries])
+            carry = outs[: self.plan.carries]
         return carry
 
 
@@ -347,8 +351,7 @@ def _recompute(run: _Execution, into: _Gradients, level: int, mark: _Mark, hi: i
     if level == len(pieces):
         stash = []
         for chunk, given, outs in run.forward(mark.at, hi, mark.carry):
-            stash.append((chunk, given, list(outs[run.plan.chunks[chunk][0].outputs :])))
-        del outs
+            stash.append((chunk, given, outs[run.plan.chunks[chunk][0].outputs :]))
         while stash:
             into.step(*stash.pop())
         return
