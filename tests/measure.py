@@ -1,6 +1,10 @@
 """What a computation costs: bytes alive, bytes saved for backward, operations run."""
 
+import itertools
+import json
+import tempfile
 import weakref
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,3 +65,15 @@ def saved_bytes(fn, *own):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fn()
     return sum(storage.nbytes() for storage in found.values())
+
+
+def peak_bytes(fn):
+    """The most bytes that were allocated at once while ``fn`` ran, compiled graphs included, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))

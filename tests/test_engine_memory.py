@@ -1,0 +1,49 @@
+"""What compiled loops hold at their peak, in units of a carry."""
+
+import pytest
+import torch
+from measure import peak_bytes
+from torch import nn
+
+from torchlift import scan_layers
+
+AOT = {"backend": "aot_eager"}
+ROWS, WIDTH = 256, 32
+CARRY = ROWS * WIDTH * 4
+
+
+class Wide(nn.Module):
+    """Between what it is given and what it returns it holds eight times as much."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH, bias=False), nn.Linear(8 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).tanh().sin())
+
+
+def peak(module, trained=False):
+    module.requires_grad_(trained)
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    step = lambda: torch.autograd.grad(module(x).sum(), wanted)
+    step()
+    return peak_bytes(step)
+
+
+def layers(count, **settings):
+    return scan_layers([Wide() for _ in range(count)], **settings)
+
+
+@pytest.mark.parametrize("settings, most", [({"remat": True}, 16), ({"lengths": (4, 4)}, 2 * 4 + 1)])
+def test_carries_are_all_that_grows_with_depth(settings, most):
+    extra = peak(layers(16, compile=AOT, **settings)) - peak(layers(1, compile=AOT, remat=True))
+    assert extra / CARRY + 1 <= most
+
+
+@pytest.mark.slow
+def test_a_step_holds_no_more_than_layers_compiled_one_by_one():
+    """What a layer saved goes while it is differentiated."""
+    apart = nn.Sequential(*[torch.compile(Wide()) for _ in range(8)])
+    assert peak(layers(8), trained=True) <= peak(apart, trained=True)
