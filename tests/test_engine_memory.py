@@ -23,11 +23,10 @@ class Wide(nn.Module):
         return x + self.down(self.up(x).tanh().sin())
 
 
-def peak(module, trained=False):
-    module.requires_grad_(trained)
+def peak(module):
+    module.requires_grad_(False)
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
-    step = lambda: torch.autograd.grad(module(x).sum(), wanted)
+    step = lambda: torch.autograd.grad(module(x).sum(), x)
     step()
     return peak_bytes(step)
 
@@ -40,10 +39,3 @@ def layers(count, **settings):
 def test_carries_are_all_that_grows_with_depth(settings, most):
     extra = peak(layers(16, compile=AOT, **settings)) - peak(layers(1, compile=AOT, remat=True))
     assert extra / CARRY + 1 <= most
-
-
-@pytest.mark.slow
-def test_a_step_holds_no_more_than_layers_compiled_one_by_one():
-    """What a layer saved goes while it is differentiated."""
-    apart = nn.Sequential(*[torch.compile(Wide()) for _ in range(8)])
-    assert peak(layers(8), trained=True) <= peak(apart, trained=True)
