@@ -94,3 +94,24 @@ def test_what_is_read_of_a_class_does_not_keep_it_alive():
     del layer, packed
     gc.collect()
     assert dead() is None
+
+
+def test_inner_functions_that_call_each_other_are_read_once():
+    def made():
+        def down(x, n):
+            return up(x + n, n - 1) if n else x
+
+        def up(x, n):
+            return down(x * 2, n - 1) if n else x
+
+        return lambda self, x: down(self.linear(x), 3)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        forward = made()
+
+    layers, x = [Layer() for _ in range(2)], torch.randn(3, 2)
+    torch.testing.assert_close(torchlift.scan_layers(layers, compile=AOT)(x), layers[1](layers[0](x)))

@@ -90,6 +90,38 @@ def test_a_change_is_seen(change):
     )
 
 
+FACTORS = {"gain": 2.0}
+
+
+def scaled(x):
+    return x * FACTORS["gain"]
+
+
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.extra, self.scale, self.fn = nn.Linear(2, 2), [], 1.0, scaled
+
+    def forward(self, x):
+        x = self.fn(self.linear(x)) * self.scale
+        return self.extra[0](x) if self.extra else x
+
+
+def test_a_change_is_seen_after_one_that_cannot_be_watched(monkeypatch):
+    layers, shared, x = nn.ModuleList([Keeping() for _ in range(3)]), nn.Linear(2, 2), torch.randn(3, 2)
+    stack = scan_layers(layers, compile={"backend": "aot_eager"})
+    for change in (
+        lambda layer: None,
+        lambda layer: layer.extra.append(shared),
+        lambda layer: setattr(layer, "scale", 3.0),
+        lambda layer: monkeypatch.setitem(FACTORS, "gain", 5.0),
+        lambda layer: layer.register_forward_hook(lambda module, args, out: out * 5),
+    ):
+        for layer in layers:
+            change(layer)
+        torch.testing.assert_close(stack(x), expected(layers, x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_renamed_submodule_is_seen():
     net = nn.Sequential(nn.Linear(2, 2))
     apply(net, {}, torch.ones(1, 2))
@@ -99,6 +131,7 @@ def test_a_renamed_submodule_is_seen():
 
 
 UNWATCHED = {
+    "a function of ones own": lambda: scaled,
     "a closure": lambda: (lambda value: lambda x: x * value)(2),
     "a partial": lambda: functools.partial(torch.add, torch.ones(1)),
     "a bound method": lambda: nn.Linear(1, 1).forward,

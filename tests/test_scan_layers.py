@@ -390,3 +390,12 @@ def test_a_position_under_an_outer_compile() -> None:
             x = torch.randn(1, 4)
             assert_equal([outer(x, at)], [loop(plain, x, at)])
             assert_equal(list(scanned.buffers()), list(plain.buffers()))
+
+
+def test_layers_that_tie_weights_differently_run_one_by_one() -> None:
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)]
+    layers[1][1].weight = layers[1][0].weight
+    x = torch.randn(2, 4)
+    with pytest.warns(TorchliftCompileWarning, match="layer by layer: some layers tie tensors or submodules that"):
+        got = torchlift.scan_layers(layers, compile=AOT)(x)
+    assert torch.equal(got, loop(nn.ModuleList(layers), x))

@@ -76,6 +76,7 @@ class Collected:
             self.nodes, self.tensors = found
             self.entries, self.buffers, self.containers = self.memory.about
             return
+        self.memory = None  # it is of a tree that is no more
         self.nodes, self.entries, self.tensors, self.buffers, self.containers = [], [], [], [], []
         self._node_of: dict[int, int] = {}
         self._entry_of: dict[Any, int] = {}

@@ -19,20 +19,18 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from torchlift import _tree
 from torchlift.errors import UnsupportedError
-from torchlift.nodes import INTERNALS, LONG, SCALARS, Node
+from torchlift.nodes import ATOMS, INTERNALS, LONG, SCALARS, Node
 from torchlift.pack import Packed
 from torchlift.references import in_cell
 from torchlift.variables import AT, Variable, class_of
 
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, range)
 # Arguments that are told by what they are, or are inputs.
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
-_TOLD = (*_ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
+_TOLD = (*ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
 _DEPTH = 64  # values in one another
 _MOST = 10_000  # of one value: what is read at each call must be small
 
@@ -115,7 +113,7 @@ class _Reader:
 
     def read(self, value: Any) -> Hashable:
         kind = type(value)
-        if kind in _ATOMS:
+        if kind in ATOMS:
             return (kind, value)
         if isinstance(value, (Tensor, nn.Module)):
             if self.objects:
@@ -198,14 +196,13 @@ def _values(names: _Names) -> list[Hashable]:
     return [(name, _outline(space.get(name))) for space, name in names]
 
 
-def _outline(value: Any) -> Hashable:
+def _outline(value: Any, around: tuple[types.FunctionType, ...] = ()) -> Hashable:
     """A value if it is plain; of a function, or method of any kind, its code, and of what it wraps."""
     fn = _function(value)
     if fn is not None:
-        return (
-            fn.__code__,
-            *[_outline(f) for f in map(in_cell, fn.__closure__ or ()) if _function(f) not in (None, fn)],
-        )
+        within = (*around, fn)
+        wrapped = [_function(in_cell(cell)) for cell in fn.__closure__ or ()]
+        return (fn.__code__, *[_outline(f, within) for f in wrapped if f is not None and f not in within])
     return of_value(value) if _is_plain(value) else type(value).__qualname__
 
 
@@ -219,7 +216,7 @@ def _function(value: Any) -> types.FunctionType | None:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return len(value) <= LONG and all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return type(value) in _ATOMS
+    return type(value) in ATOMS
 
 
 def _names_read(values: list[Any]) -> _Names:
@@ -270,7 +267,7 @@ def _text(value: Any) -> str:
         return _text((value.co_code.hex(), value.co_consts, value.co_names, value.co_varnames, value.co_freevars))
     if isinstance(value, type):
         return _source(value)
-    if isinstance(value, _ATOMS):
+    if isinstance(value, ATOMS):
         return f"{type(value).__name__}:{value!r}"
     # By address, true in this process only: another one compiles anew, which is slow and never wrong.
     return f"{type(value).__qualname__}@{id(value)}"
@@ -312,7 +309,7 @@ def _is_setting(value: Any) -> bool:
     """Whether the content of a plain attribute can be compared: of a number, a name, a function."""
     if isinstance(value, (tuple, list)):
         return all(_is_setting(item) for item in value)
-    return type(value) in _ATOMS or isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
+    return type(value) in ATOMS or isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
 
 
 def _content(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchlift.variables import ATTRIBUTE
 
 SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
-ATOMS = (*SCALARS, torch.dtype, torch.device, torch.Size, slice, range)
+ATOMS: tuple[Any, ...] = (*SCALARS, torch.dtype, torch.device, torch.Size, slice, range)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STORES = ("_parameters", "_buffers")
 INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
@@ -86,7 +86,7 @@ class Memory:
     """How a module tree was found, for as long as it stays as it is.
 
     NOTE [Memory]. To walk the modules of a layer takes as long as to run a small one, and the next call finds the same.
-    So a tree is remembered if all its plain attributes are numbers, names, functions without a closure, or containers
+    So a tree is remembered if all its plain attributes are numbers, names, torch's own functions, or containers
     of such, and it is known again if every dict and list in it holds the very same objects; a tree that changed in any
     way is walked anew. Tensors are not remembered but read from their places, and told apart anew. Nothing here refers
     to the root, whose death ends the memory.
@@ -131,10 +131,8 @@ class Memory:
         if depth == 0 or isinstance(value, (Tensor, nn.Module)):
             raise _Unwatchable
         if kind is types.FunctionType:
-            known = value.__globals__
-            if value.__closure__ or any(
-                name in known and type(known[name]) in ATOMS for name in value.__code__.co_names
-            ):
+            # What others read of globals may change, and their code, and that of the functions that they call.
+            if value.__closure__ or (value.__module__ or "").partition(".")[0] != "torch":
                 raise _Unwatchable
             value = (value.__defaults__, value.__kwdefaults__)
         elif kind not in (tuple, list, dict):

@@ -209,7 +209,7 @@ class Packed(Collected):
                     out = self.fn(shadows[0], *args, **kwargs)
             else:  # there is nothing around
                 out = self.fn(shadows[0], *args, **kwargs)
-        except BaseException as error:  # what ends a run to start another too
+        except BaseException as error:  # also what ends a run so that another can start
             self._check_containers(held, shadows, error)
             if isinstance(error, RuntimeError):
                 self._explain_write(error)
@@ -269,7 +269,7 @@ class Packed(Collected):
         if known == len([tensor for tensor in tensors if tensor is not None]):
             return
         places = {(store, key) for store, key, index in node.tensors if index not in self.hidden}
-        for store in ("_parameters", "_buffers"):
+        for store in STORES:
             for key, tensor in fields[store].items():
                 if tensor is not None and (store, key) not in places:
                     collection = fields.get(COLLECTIONS, {}).get(key) or collection_of(node.module, store, key)

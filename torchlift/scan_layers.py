@@ -120,7 +120,7 @@ class _Call:
             return "inside another transform inside torch.compile", False
         if not _compat.is_compiling() and self.has_hooks:  # Dynamo is slow at it: there, _register looks for them
             return "a layer has hooks", False
-        if self.shared and (_compat.is_tracing() or self.layers.compile_options is False):
+        if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
             return "layers share a buffer", False
         if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
             return "some layers are in training mode and some are not", False
@@ -179,7 +179,6 @@ class _Call:
 
     def run(self) -> Any:
         layers, first = self.layers, self.packed[0]
-        # What publish will write into is given as a copy: autograd keeps the inputs of every layer for backward.
         self.attributes = _attributes(first, layers.scanned_attributes)
         found: Any
         options = {"unroll": layers.unroll, "remat": self.remat, "lengths": layers.lengths, "every": layers.every}
@@ -225,7 +224,10 @@ class _Call:
         return _tree.unflatten([*carry, *extras], static.out)
 
     def xs(self, written: frozenset[int] | None = None) -> list[Any]:
-        """The tensors and the scanned attributes of each layer; of the buffers that may be ``written`` copies."""
+        """The tensors and the scanned attributes of each layer.
+
+        Of the buffers that may be ``written`` copies: autograd keeps the inputs of every layer for backward.
+        """
         return [
             (packed.snapshot(written), [packed.nodes[at].module.__dict__[key] for at, key in self.attributes])
             for packed in self.packed
@@ -248,6 +250,7 @@ class _Call:
         first, *others = [fingerprint.of_modules(packed, self.layers.scanned_attributes) for packed in self.packed]
         if any(key != first for key in others):
             self.layers.check()
+            raise UnsupportedError("some layers tie tensors or submodules that others do not")
         return fingerprint.of_packed(self.packed[0], self.layers.scanned_attributes)
 
     def check_hidden(self) -> None:
@@ -362,7 +365,8 @@ def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> s
     others = dict(layer.named_modules())
     modules = dict(first.named_modules())
     if list(others) != list(modules):
-        return f"submodules {sorted(set(others) ^ set(modules))} are in one layer only"
+        odd = sorted(set(others) ^ set(modules))
+        return f"submodules {odd} are in one layer only" if odd else f"has submodules {list(others)} != {list(modules)}"
     for path, module in modules.items():
         other = others[path]
         where = f"{path}." if path else ""
@@ -371,7 +375,7 @@ def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> s
         tensors = {key: (store, tensor) for store, key, tensor in own_tensors(module)}
         found = {key: (store, tensor) for store, key, tensor in own_tensors(other)}
         if list(tensors) != list(found):
-            return f"{where or 'the layer'} has {list(found)} != {list(tensors)}"
+            return f"{path or 'the layer'} has {list(found)} != {list(tensors)}"
         for key, (store, tensor) in tensors.items():
             got = found[key][1]
             if (found[key][0], got.shape, got.dtype) != (store, tensor.shape, tensor.dtype):

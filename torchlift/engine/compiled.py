@@ -107,6 +107,7 @@ def environment() -> tuple[Hashable, ...]:
         torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.enabled,
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
@@ -215,7 +216,9 @@ def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
         seen = capture.probe(fn, _fakes(request, mode, _static(request)), mode, request.train)
         if any(seen.mutated[:a]) or any(seen.mutated[b:]):
             # A graph writes into copies. What a loop in Python changes so, a parameter say, stays changed.
-            raise CaptureError("the body writes in place into what it is given and does not carry on")
+            raise CaptureError(
+                "the body writes in place into a tensor that is not its carry; compute a new one instead"
+            )
         flags = list(request.flags)
         flags[a:b] = [flag or out for flag, out in zip(flags[a:b], seen.requires_grad)]
         if tuple(flags) == request.flags:

@@ -44,7 +44,7 @@ def node_draws(node: torch.fx.Node) -> bool:
 
 
 def draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Attention operators bear the tag of those that draw, and draw only if their ``dropout_p`` is not 0."""
+    """Whether a call of ``op`` draws. Attention bears the tag, and draws only if its ``dropout_p`` is not 0."""
     if torch.Tag.nondeterministic_seeded not in op.tags:
         return False
     for position, argument in enumerate(op._schema.arguments):

@@ -26,8 +26,12 @@ LARGE = 2**20  # multiplications of a product from which on oneDNN is the faster
 def _mkl_is_slow() -> bool:
     if not torch.backends.mkl.is_available():
         return False
-    known = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (known.read_text() if known.exists() else platform.processor())
+    info = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
+
+
+def _length(row: torch.fx.Node) -> int:
+    return _compat.size_hint(row.meta["val"].shape[0])
 
 
 def use_onednn(graph: torch.fx.GraphModule) -> None:
@@ -47,7 +51,8 @@ def use_onednn(graph: torch.fx.GraphModule) -> None:
             or math.prod(map(_compat.size_hint, sizes)) < LARGE
         ):
             continue
-        own = bias and bias[0].meta["val"].ndim == 1  # of one row, which oneDNN adds to every row
+        # One row, which oneDNN adds to every row; of its full length, since oneDNN stretches none.
+        own = bias and bias[0].meta["val"].ndim == 1 and _length(bias[0]) == _compat.size_hint(out.shape[1])
         with graph.graph.inserting_before(node):
             new = graph.graph.call_function(_OP, (a, b, bias[0] if own else None))
             new.meta = dict(node.meta)

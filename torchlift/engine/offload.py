@@ -80,6 +80,8 @@ def carries_on_host(given: Iterable[torch.Tensor]) -> Iterator[None]:
     def unpack(kept: Any) -> torch.Tensor:
         return kept.take() if isinstance(kept, _Away) else kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-    last = None
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        last = None  # a loop keeps the hooks, which would keep the host's copies

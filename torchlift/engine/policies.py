@@ -206,8 +206,7 @@ class checkpoint_policies:
 
         For loops (``scan_layers``, ``remat_scan``, ``while_loop``): on the device a single carry is left, whatever the
         depth. It is copied away while the next iteration computes, and back while the one after it is differentiated.
-        In a graph of ``torch.compile`` around the loop the carries stay where they are, as everything in one
-        transform, or inside of one, of ``torch.func`` does.
+        In a graph of ``torch.compile`` around the loop, or under a transform of ``torch.func``, all stay there.
 
         Example:
             >>> keep = torchlift.checkpoint_policies.offload_carries

@@ -109,8 +109,7 @@ def run(
     ``"auto"`` picks how many.
 
     ``remat=True`` keeps only the carries for backward, and a policy decides otherwise (``offload_carries`` keeps them
-    in the host's memory). ``lengths`` nests the
-    recomputation, ``every`` recomputes pieces of that many iterations.
+    in the host's memory). ``lengths`` nests the recomputation, ``every`` recomputes pieces of that many iterations.
 
     ``compile`` is False for the plain Python loop, True, or options of ``torch.compile``. Where a body cannot be
     compiled the plain loop runs, with one warning that says why.
