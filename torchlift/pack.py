@@ -204,10 +204,10 @@ class Packed(Collected):
         frame = Capture(_AnyOf(frames))
         drawn = self._draws_refused()
         try:
-            if frames or context.captures or self.refused or context.refused or context.axes or self.context["axes"]:
-                with entered(captures=(frame,) if frames else (), axes=self.context["axes"], refused=self.refused):
-                    out = self.fn(shadows[0], *args, **kwargs)
-            else:  # there is nothing around
+            axes = self.context["axes"]
+            around = frames or context.captures or self.refused or context.refused or axes or context.axes
+            inner = {"captures": (frame,) if frames else (), "axes": axes, "refused": self.refused}
+            with entered(**inner) if around else contextlib.nullcontext():
                 out = self.fn(shadows[0], *args, **kwargs)
         except BaseException as error:  # also what ends a run so that another can start
             self._check_containers(held, shadows, error)
