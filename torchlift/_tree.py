@@ -43,7 +43,9 @@ _POSITIONAL = Spec("positional", ())
 
 def is_node(x: Any) -> bool:
     """Whether ``x`` is a dataclass instance that torch's pytrees take for a leaf."""
-    return dataclasses.is_dataclass(x) and not isinstance(x, type) and type(x) not in pytree.SUPPORTED_NODES
+    if x is None or isinstance(x, type):  # torch 2.11: Dynamo cannot ask the class of None for what a dataclass has
+        return False
+    return dataclasses.is_dataclass(x) and type(x) not in pytree.SUPPORTED_NODES
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Spec]:
