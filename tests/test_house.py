@@ -29,8 +29,8 @@ ROWS = [
     ["collecting.py"],
     ["containers.py"],
     ["pack.py"],
-    ["fingerprint.py", "metadata.py", "applying.py"],
-    ["stacking.py"],
+    ["fingerprint.py", "metadata.py", "applying.py", "copies.py"],
+    ["alike.py", "enrolling.py", "stacking.py"],
     ["stacked_classes.py"],
     ["lifting.py", "axes.py"],
     ["norm.py", "sharding.py", "state_dict.py", "explaining.py"],
@@ -42,7 +42,7 @@ ROWS = [
 ENGINE_IMPORTS = {"errors.py", "_compat.py", "_tree.py"}
 
 MAX_LINES = 450
-LONGER = {"_compat.py": 750}  # the one file that may import private torch: two of them would not be one
+LONGER = {"_compat.py": 860}  # the one file that may import private torch: two of them would not be one
 
 PUBLIC_NAMES = [
     "AliasError",

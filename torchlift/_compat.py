@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -717,6 +718,126 @@ def was_written_in_trace(tensor: torch.Tensor) -> bool:
 
 
 _seen = [False]  # what was looked for last; Dynamo traces one frame at a time
+
+
+def read_at_each_call(owner: torch.nn.Module) -> Any:
+    """While Dynamo traces: ``owner.enrolment``, which the graph reads again, and compares, at each call; or None.
+
+    It is a property, which Dynamo would trace. It is None where what is read then would not be what this trace has: it
+    wrote what ``owner`` may hold, or made ``owner``, or is an export, whose graph reads nothing but its arguments.
+    """
+    found = None
+    torch._dynamo.comptime.comptime(_read_at_each_call)
+    return found
+
+
+def mark_static(tensor: torch.Tensor) -> None:
+    """``torch._dynamo.mark_static``, which marks nothing while Dynamo traces: then it asks the trace."""
+    marked: Any = tensor
+    marked._dynamo_static_indices, marked._has_dynamo_dim_marking = set(range(tensor.ndim)), True
+
+
+def ask(owner: torch.nn.Module, question: str, *args: Any) -> Any:
+    """While Dynamo traces: what the method ``question`` of the real ``owner`` says of constants; None if they are none.
+
+    As ``torch.compiler.assume_constant_result``, which would bind the graph to this very object.
+    """
+    answer = None
+    torch._dynamo.comptime.comptime(_ask)
+    return answer
+
+
+def _ask(trace: Any) -> None:
+    from torch._dynamo.variables import ConstantVariable
+
+    tx = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    owner, question = tx.symbolic_locals["owner"].realize().value, trace.get_local("question").as_python_constant()
+    args = trace.get_local("args")
+    if args.is_python_constant():
+        answer = getattr(owner, question)(*args.as_python_constant())
+        tx.symbolic_locals["answer"] = ConstantVariable.create(answer)
+
+
+def require_unwritten(owner: torch.nn.Module) -> None:
+    """While Dynamo traces: makes it trace anew, with :func:`read_at_each_call` None, if the graph writes ``owner``."""
+    torch._dynamo.comptime.comptime(_require_unwritten)
+
+
+_written_by_graphs: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def _read_at_each_call(trace: Any) -> None:
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.source import AttrSource
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    tx = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    variable = tx.symbolic_locals["owner"].realize()
+    if variable.source is None or tx.export or variable.value in _written_by_graphs:
+        return
+    inside = {id(module) for module in variable.value.modules()}
+    for value, _ in _written(tx.output.side_effects):
+        if not isinstance(value, torch.nn.Module) or id(value) in inside:
+            return
+    # Read where a graph begins, with Dynamo at work: it is not to compile what computes it.
+    code = type(variable.value).enrolment.fget.__code__
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+    source = AttrSource(variable.source, "enrolment")
+    tx.symbolic_locals["found"] = VariableBuilder(tx, source)(variable.value.enrolment)
+
+
+def _written(side_effects: Any) -> Iterator[tuple[Any, set[str]]]:
+    """What the trace has written so far of what is older than it: objects, and which attributes, if Dynamo says so."""
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
+
+    existing = (AttributeMutationExisting, ValueMutationExisting)
+    older = dict(zip(map(id, side_effects.keepalive), side_effects.keepalive))
+    for at, variable in side_effects.id_to_variable.items():
+        if isinstance(variable.mutation_type, existing) and side_effects.is_modified(variable):
+            yield older.get(at), set(side_effects.store_attr_mutations.get(variable, ()))
+
+
+def wrote_attributes(*modules: torch.nn.Module) -> bool:
+    """While Dynamo traces: whether the trace wrote plain attributes of these modules, or what such attributes hold.
+
+    Whoever looks at the real modules, to capture a body, sees what was there before.
+    """
+    found = False
+    torch._dynamo.comptime.comptime(_wrote_attributes)
+    return found
+
+
+def _wrote_attributes(trace: Any) -> None:
+    from torch._dynamo.variables import ConstantVariable
+
+    tx = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    owners = [getattr(v.realize(), "value", None) for v in tx.symbolic_locals["modules"].items]
+    modules = [module for owner in owners if owner is not None for module in owner.modules()]
+    internal = torch.nn.Module().__dict__
+    held = {id(value) for m in modules for key, value in vars(m).items() if key not in internal}
+    inside = {id(module) for module in modules}
+    for value, names in _written(tx.output.side_effects):
+        if id(value) in held or (id(value) in inside and names - {*value._parameters, *value._buffers}):
+            tx.symbolic_locals["found"] = ConstantVariable.create(True)
+
+
+def _require_unwritten(trace: Any) -> None:
+    from torch._dynamo.exc import RestartAnalysis
+
+    tx = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    owner = tx.symbolic_locals["owner"].realize().value
+    tensors = {id(tensor) for tensor in (*owner.parameters(), *owner.buffers())}
+
+    def look(_: Any) -> None:
+        """Fake tensors count writes; at the end of the trace, for those that come after the layers ran."""
+        given = [argument for argument in tx.output.graphargs if id(argument.example) in tensors]
+        if any(argument.fake_tensor._version for argument in given):
+            _written_by_graphs.add(owner)
+            tx.speculation_log.clear()
+            raise RestartAnalysis(restart_reason="a tensor of layers is written in the graph that runs them")
+
+    tx.output.add_graph_finalizer(look)
 
 
 def _look_for_writes(trace: Any) -> None:

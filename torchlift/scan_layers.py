@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
-from torchlift.engine.compiled import SIGNATURES
+from torchlift.alike import difference
+from torchlift.copies import Written
+from torchlift.engine.capture import CaptureError
+from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import opaque_run
-from torchlift.engine.run import Report, last_report, record, run
+from torchlift.engine.roster import Enrolled
+from torchlift.engine.run import Report, record, run
 from torchlift.engine.trees import Parts, split
+from torchlift.enrolling import enrolment
 from torchlift.errors import (
     CarryError,
     LayerMismatchError,
@@ -30,7 +35,7 @@ from torchlift.stacking import listed
 from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
 from torchlift.transforms.remat import remat
-from torchlift.variables import class_of, own_tensors
+from torchlift.variables import Variable
 
 
 class ScanLayers(nn.ModuleList):
@@ -79,12 +84,12 @@ class ScanLayers(nn.ModuleList):
         """Refuses layers that differ in more than their tensors' values and ``scanned_attributes``."""
         for index, layer in enumerate(self):
             try:
-                difference = _difference(self[0], layer, self.scanned_attributes)
+                found = difference(self[0], layer, self.scanned_attributes)
             except UnsupportedError:  # it cannot be told; they are called one by one
                 continue
-            if difference is not None:
+            if found is not None:
                 raise LayerMismatchError(
-                    f"{self.label}: layer {index}: {difference}; layers that run as one are equal but for their "
+                    f"{self.label}: layer {index}: {found}; layers that run as one are equal but for their "
                     "tensors' values, requires_grad, and the names in scanned_attributes="
                 )
 
@@ -93,6 +98,10 @@ class ScanLayers(nn.ModuleList):
         """Runs the layers in order on ``x``; extra arguments go to every layer."""
         if not len(self):
             return x
+        if _compat.is_compiling():
+            out = self._run_enrolled(x, args, kwargs)
+            if out is not None:
+                return out[0]
         call = _Call(self, x, args, kwargs)
         reason, unexpected = call.why_plain()
         if reason is None:
@@ -102,6 +111,57 @@ class ScanLayers(nn.ModuleList):
             if unexpected and self.compile_options is not False:
                 warn(f"{self.label} runs layer by layer: {reason}", TorchliftCompileWarning)
         return call.plain()
+
+    @property
+    def enrolment(self) -> tuple[Any, ...]:
+        """What a graph of torch.compile that runs the layers reads of them at each call."""
+        return enrolment(self, list(self), _call_layer, self.scanned_attributes)
+
+    def _run_enrolled(self, x: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
+        """While Dynamo traces: the call, in a graph that does not hold the layers; None where it must."""
+        read = _compat.read_at_each_call(self)
+        if read is None or not read[0]:
+            return None
+        key = _compat.ask(self, "_enrol", skeleton(x), skeleton(args), skeleton(kwargs))
+        if not key:
+            return None
+        carry = _tree.flatten(x)[0]
+        consts = [constant(leaf) for leaf in _tree.flatten((args, kwargs))[0]]
+        carry, ys = opaque_run(
+            key, consts, carry, Enrolled(read[1:]), len(self), compile=self.compile_options, **self.options()
+        )
+        if not ys:
+            return None
+        _compat.require_unwritten(self)
+        extras, _, _, static = ys[0]
+        return (_tree.unflatten([*carry, *extras], _static(static).out),)
+
+    def _enrol(self, x: Any, args: Any, kwargs: Any) -> str:
+        """As :func:`_register`, for layers that the graph does not hold."""
+
+        def make(layers: Any) -> _Call:
+            call = _Call(layers, fleshed(x), fleshed(args), fleshed(kwargs))
+            call.attributes = []
+            return call
+
+        call = make(self)
+        leaves = call.packed[0].leaves
+        if self.scanned_attributes or any(isinstance(leaf, (nn.Module, Variable)) for leaf in leaves):
+            return ""
+        try:
+            call.check_hidden()
+            row = Row.of(call.parts([(packed.tensors, []) for packed in call.packed]))
+            key = fingerprint.digest((call.key(), self.policy, row.metas))
+        except UnsupportedError:  # who traces the layers will say so
+            return ""
+
+        label = self.label
+        return register(key, [self], lambda layers: Body(make(layers).stateless_body, key, label), self.policy, row)
+
+    def options(self) -> dict[str, Any]:
+        """How the engine is to run the loop."""
+        remat = (self.policy or True) if self.remat or self.policy or self.lengths else None
+        return {"unroll": self.unroll, "remat": remat, "lengths": self.lengths, "every": self.every}
 
 
 class _Call:
@@ -129,11 +189,6 @@ class _Call:
     @property
     def has_hooks(self) -> bool:
         return any(packed.has_hooks(skip_root=False) for packed in self.packed)
-
-    @property
-    def remat(self) -> Any:
-        layers = self.layers
-        return (layers.policy or True) if layers.remat or layers.policy or layers.lengths else None
 
     @property
     def shared(self) -> frozenset[int]:
@@ -166,9 +221,10 @@ class _Call:
     def _callable(self, packed: Packed) -> Callable[..., Any]:
         """A layer, rematerialised if layers are: each by itself, whatever ``every`` and ``lengths`` say."""
         layer = packed.nodes[0].module
-        if self.remat is None:
+        how = self.layers.options()["remat"]
+        if how is None:
             return layer
-        policy = None if self.remat is True else self.remat
+        policy = None if how is True else how
         if _compat.is_compiling() or not packed.has_hooks(skip_root=False):
             return functools.partial(remat(_call_layer, policy=policy), layer)
         # Its own hooks run around, once: those of FSDP gather the parameters that the rest then sees.
@@ -181,13 +237,13 @@ class _Call:
         layers, first = self.layers, self.packed[0]
         self.attributes = _attributes(first, layers.scanned_attributes)
         found: Any
-        options = {"unroll": layers.unroll, "remat": self.remat, "lengths": layers.lengths, "every": layers.every}
+        options = layers.options()
         consts = [constant(leaf) for leaf in first.leaves[len(self.carry) :]]
         states = None if _compat.is_compiling() else (rng.default_states(), rng.positions())
         try:
             if _compat.is_compiling():
                 trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
-                key = _register(layers.settings(), *trees, *layers)
+                key = _register(layers.settings(), _compat.wrote_attributes(*layers), *trees, *layers)
                 if not key:
                     return self.plain()
                 xs = self.xs()
@@ -197,14 +253,14 @@ class _Call:
             else:
                 compile, key = layers.compile_options, layers.label
                 self.check_hidden()
-                written = _Written(None)
+                written = Written(None)
                 if compile is not False:
                     key = self.key()
                     if not _compat.is_tracing():
-                        written = _Written((key, torch.is_grad_enabled(), self.kinds()))
+                        written = Written((key, torch.is_grad_enabled(), self.kinds()))
                     written.require_apart(self.shared)
                 xs = self.xs(written.known)
-                xs = xs if compile is False else self._parts(xs)
+                xs = xs if compile is False else self.parts(xs)
                 carry, found = run(
                     Body(self.body, key, layers.label), consts, self.carry, xs, len(xs), compile=compile, **options
                 )
@@ -240,7 +296,7 @@ class _Call:
         others = [leaf for leaf in self.packed[0].leaves if not isinstance(leaf, torch.Tensor)]
         return tuple(tensors), fingerprint.of_value([*found, *others]) if found or others else None
 
-    def _parts(self, xs: list[Any]) -> list[Parts]:
+    def parts(self, xs: list[Any]) -> list[Parts]:
         """The layers' tensors as the engine takes them apart: layers of one key have one template."""
         parts = [Parts(*split(x)) for x in (xs if self.attributes else xs[:1])]
         return parts if self.attributes else [Parts(tensors, parts[0].template) for tensors, _ in xs]
@@ -278,33 +334,12 @@ class _Call:
         changed = update.changed if first.nested else [value.detach() for value in update.changed]
         return leaves[:count], (leaves[count:], changed, sown, token(_Static(spec, sown_spec, update.meta)))
 
-
-_changes: OrderedDict[Any, frozenset[int]] = OrderedDict()
-
-
-class _Written:
-    """Which buffers, by their number, the compiled calls of one kind change: the same in each, once that is known.
-
-    NOTE [Copies]. A large buffer that is constant, a mask say, is not copied in each call for those that are not.
-    """
-
-    def __init__(self, call: Any):
-        self.call, self.known = call, _changes.get(call)
-
-    def note(self, entries: Iterable[int]) -> None:
-        self.known = frozenset(entries)
-        report = last_report()
-        if self.call is None or report is None or report.path != "compiled":
-            return  # what the plain loop writes may depend on values
-        _changes[self.call] = self.known
-        _changes.move_to_end(self.call)
-        while len(_changes) > SIGNATURES:
-            _changes.popitem(last=False)
-
-    def require_apart(self, shared: frozenset[int]) -> None:
-        """Refuses layers that write what others read: side by side they would all see what was there before."""
-        if self.known is not None and self.known & shared:
-            raise UnsupportedError("layers share a buffer that they write")
+    def stateless_body(self, consts: Any, carry: Any, x: Any) -> Any:
+        """The same, of layers that change nothing: there is no one to publish it."""
+        carry, y = self.body(consts, carry, x)
+        if y[1] or y[2]:
+            raise CaptureError("a layer changes its state")
+        return carry, y
 
 
 def _call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -312,7 +347,7 @@ def _call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _register(settings: dict[str, Any], x: Any, args: Any, kwargs: Any, *modules: nn.Module) -> str:
+def _register(settings: dict[str, Any], wrote: bool, x: Any, args: Any, kwargs: Any, *modules: nn.Module) -> str:
     """Called while Dynamo traces, with the real layers: the key of their body in a graph around it.
 
     It is empty if it cannot be told what the body depends on. What holds the layers may have been made in the code
@@ -329,6 +364,8 @@ def _register(settings: dict[str, Any], x: Any, args: Any, kwargs: Any, *modules
     if call.has_hooks:  # as everywhere in torch.compile, hooks are taken to be those that there are when it traces
         return ""
     try:
+        if wrote:
+            raise UnsupportedError("the code around sets attributes of the layers; set them outside of torch.compile")
         call.check_hidden()
         key = fingerprint.digest((call.key(), policy))
     except UnsupportedError as error:
@@ -358,35 +395,6 @@ def _attributes(packed: Packed, names: Sequence[str]) -> list[tuple[int, str]]:
         for key in node.module.__dict__
         if key in names or node.dotted(key) in names
     ]
-
-
-def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> str | None:
-    """The first difference of a layer from layer 0, in words; None if there is none that matters."""
-    others = dict(layer.named_modules())
-    modules = dict(first.named_modules())
-    if list(others) != list(modules):
-        odd = sorted(set(others) ^ set(modules))
-        return f"submodules {odd} are in one layer only" if odd else f"has submodules {list(others)} != {list(modules)}"
-    for path, module in modules.items():
-        other = others[path]
-        where = f"{path}." if path else ""
-        if class_of(other) is not class_of(module):
-            return f"{path or 'the layer'} is a {type(other).__name__} != {type(module).__name__}"
-        tensors = {key: (store, tensor) for store, key, tensor in own_tensors(module)}
-        found = {key: (store, tensor) for store, key, tensor in own_tensors(other)}
-        if list(tensors) != list(found):
-            return f"{path or 'the layer'} has {list(found)} != {list(tensors)}"
-        for key, (store, tensor) in tensors.items():
-            got = found[key][1]
-            if (found[key][0], got.shape, got.dtype) != (store, tensor.shape, tensor.dtype):
-                return f"{where}{key} {tuple(got.shape)} {got.dtype} != {tuple(tensor.shape)} {tensor.dtype}"
-        expected, attributes = fingerprint.of_module(module), fingerprint.of_module(other)
-        for key in [*expected, *(key for key in attributes if key not in expected)]:
-            if key in scanned or f"{where}{key}" in scanned or key == "training":
-                continue
-            if expected.get(key) != attributes.get(key):
-                return f"{where}{key} {other.__dict__.get(key)!r} != {module.__dict__.get(key)!r}"
-    return None
 
 
 @_compat.outside_of_graphs

@@ -25,7 +25,7 @@ from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
-from torchlift.engine.trees import Template
+from torchlift.engine.trees import Parts, Template
 from torchlift.errors import ClosureError, TorchliftError
 
 Options = tuple[tuple[str, Any], ...]
@@ -47,10 +47,29 @@ class Spec:
     options: Options
     backend: Backend
     train: bool
+    enrolled: bool  # the xs are no inputs of the graph around
 
     @property
     def counts(self) -> tuple[int, int, int]:
         return self.consts.tensors, self.carry.tensors, self.x.tensors
+
+
+_Meta = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool, frozenset[int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the x of any iteration is like, where a graph around the loop does not hold it."""
+
+    template: Template
+    metas: tuple[_Meta, ...]  # of each tensor; a gradient is wanted if any iteration wants it
+
+    @staticmethod
+    def of(xs: Sequence[Parts]) -> Row:
+        """Of xs that are alike, but for the gradients that are wanted."""
+        columns = zip(*(x.tensors for x in xs))
+        metas = [(column[0], any(tensor.requires_grad for tensor in column)) for column in columns]
+        return Row(xs[0].template, tuple((*_meta(t, False)[:4], wanted, frozenset()) for t, wanted in metas))
 
 
 @dataclass
@@ -64,6 +83,7 @@ class Handle:
     orders: list[list[int]]  # of the dimensions in memory, per tensor
     state_sizes: list[int]
     guards: tuple[Any, str | None]
+    row: tuple[_Meta, ...] | None  # that of Row, if xs are enrolled
 
 
 def handle_named(name: str) -> Handle:
@@ -73,21 +93,26 @@ def handle_named(name: str) -> Handle:
 
 def prepare(
     body: Body, key: str, length: int, stacked: bool, options: Options, compile: dict[str, Any],
-    consts: Any, carry: Any, xs: list[Any], tensors: list[torch.Tensor],
+    consts: Any, carry: Any, xs: list[Any], tensors: list[torch.Tensor], row: Row | None = None,
 ) -> Handle:  # fmt: skip
-    """The handle for a loop on tensors like these; captured and compiled if they are the first of their kind."""
+    """The handle for a loop on tensors like these; captured and compiled if they are the first of their kind.
+
+    With ``row``, which says of the xs what there is to know, ``tensors`` are only the rest.
+    """
     if length == 0:
         raise CaptureError("length 0")
     if _compat.functorch_active():
         raise CaptureError("a torch.func transform is around it")
-    templates = {template for _, template in xs}
+    templates = {template for _, template in xs} if row is None else {row.template}
     if len(templates) != 1:
         raise CaptureError("iterations differ in structure")
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    kinds = () if row is None else row.metas
+    train = torch.is_grad_enabled() and any([t.requires_grad for t in tensors] + [meta[4] for meta in kinds])
     spec = Spec(
-        key, consts[1], carry[1], xs[0][1], length, stacked, options, Backend.of(compile), train
+        key, consts[1], carry[1], next(iter(templates)), length, stacked, options, Backend.of(compile), train,
+        row is not None,
     )  # fmt: skip
-    metas = tuple(_meta(t, train) for t in tensors)
+    metas = (*(_meta(t, train) for t in tensors), *((*meta[:4], train and meta[4], meta[5]) for meta in kinds))
     known = (spec, metas, compiled.environment())
     found = _prepared.get(known)
     if found is None:
@@ -96,12 +121,9 @@ def prepare(
         raise CaptureError(found)
     # In the symbols of the graph around this one.
     mode, guards = found.guards
-    if not _compat.guards_hold(mode, guards, graph_inputs(found, tensors)):
+    if guards and not _compat.guards_hold(mode, guards, graph_inputs(found, tensors)):
         raise CaptureError("sizes do not meet the conditions of the captured graph")
     return found
-
-
-_Meta = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool, frozenset[int]]
 
 
 def _meta(t: torch.Tensor, train: bool) -> _Meta:
@@ -148,12 +170,13 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
     blanks = [_blank(meta) for meta in metas]
     c, h, _ = spec.counts
     shift = int(spec.stacked)
-    one = one_iteration(spec, blanks)
+    one = one_iteration(spec, blanks, None)
     dims = [meta[5] for meta in metas[: c + h]]
     dims += [frozenset(d - shift for d in meta[5] if d >= shift) for meta in metas[c + h :]][: spec.x.tensors]
     flags = [meta[4] for meta in metas]
     x_flags = flags[c + h :]
     width = spec.x.tensors
+    row = metas[c + h :] if spec.enrolled else None
     x_flags = [any(x_flags[i::width]) for i in range(width)]
     settings = dict(spec.options)
     pieces = pieces_of(settings["remat"] is True, settings["lengths"], settings["every"])
@@ -197,7 +220,7 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
     name = hashlib.sha256((text + program.shapes.code).encode()).hexdigest()
     sizes = [state.numel() for _, state in read_states(devices)] if plan.random and pieces else []
     handle = Handle(
-        name, spec, program, plan, [list(m[1]) for m in metas], sizes, (variant.mode, variant.guards)
+        name, spec, program, plan, [list(m[1]) for m in metas], sizes, (variant.mode, variant.guards), row
     )  # fmt: skip
     return _handles.setdefault(name, handle)
 
@@ -211,16 +234,18 @@ def _blank(meta: _Meta) -> torch.Tensor:
     return torch.empty([size[d] for d in order], dtype=dtype, device=device).permute(inverse(order))
 
 
-def one_iteration(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Consts, carry and the x of one iteration."""
+def one_iteration(spec: Spec, tensors: Sequence[torch.Tensor], row: tuple[_Meta, ...] | None) -> list[torch.Tensor]:
+    """Consts, carry and the x of one iteration, which is made up if ``tensors`` do not hold it."""
     c, h, width = spec.counts
+    if row is not None:
+        return [*tensors[: c + h], *map(_blank, row)]
     xs = tensors[c + h : c + h + width]
     return [*tensors[: c + h], *(t.detach()[0] if spec.stacked else t for t in xs)]
 
 
 def graph_inputs(handle: Handle, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors like those that a call of the graph is given."""
-    one = one_iteration(handle.spec, tensors)
+    one = one_iteration(handle.spec, tensors, handle.row)
     start = len(one) - handle.spec.x.tensors
     return one[:start] + one[start:] * handle.program.steps
 

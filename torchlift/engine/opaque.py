@@ -22,27 +22,30 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine.capture import CaptureError
-from torchlift.engine.handles import Options, prepare
+from torchlift.engine.handles import Options, Row, prepare
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, plain_run
-from torchlift.engine.operators import OpaqueLoop, laid_out
+from torchlift.engine.operators import OpaqueLoop, laid_out, witness
+from torchlift.engine.roster import Enrolled, roster_of
 from torchlift.engine.structure import decode, encode, mutable
-from torchlift.engine.trees import split
+from torchlift.engine.trees import Parts, split
 from torchlift.errors import RandomnessError, TorchliftCompileWarning
 
-_bodies: dict[str, tuple[Callable[[], Body], Any]] = {}  # what makes a body, and its remat policy
+_bodies: dict[str, tuple[Callable[[], Body], Any, Row | None]] = {}  # what makes a body, its remat policy, its row
 _sites = itertools.count()
 _outputs: dict[int, Any] = {}  # structure of a call's results, by call site; read once, while tracing
 _warned: set[str] = set()
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def register_body(key: str, factory: Callable[[], Body], policy: Callable[..., Any] | None = None) -> str:
+def register_body(
+    key: str, factory: Callable[[], Body], policy: Callable[..., Any] | None = None, row: Row | None = None
+) -> str:
     """Makes the body that ``factory`` builds known under ``key``, a hash of its content; returns ``key``.
 
-    ``policy`` is that of ``remat``, if it is one; the key tells it from others. Called while Dynamo traces, from a
-    function under ``torch.compiler.assume_constant_result``.
+    ``policy`` is that of ``remat``, if it is one, and ``row`` says what enrolled xs are like; the key tells these from
+    others. Called while Dynamo traces, from a function under ``torch.compiler.assume_constant_result``.
     """
-    _bodies[key] = factory, policy
+    _bodies[key] = factory, policy, row
     return key
 
 
@@ -60,7 +63,7 @@ def opaque_run(
     key: str,
     consts: Tree,
     carry: Tree,
-    xs: Xs,
+    xs: Xs | Enrolled,
     length: int,
     *,
     reverse: bool = False,
@@ -71,17 +74,20 @@ def opaque_run(
     every: int = 1,
     compile: bool | dict[str, Any] = True,
     refused: str | None = None,
-) -> tuple[Tree, Xs]:
+) -> tuple[Tree, Any]:
     """:func:`torchlift.engine.run.run` for code that Dynamo traces; ``key`` is that of :func:`register_body`.
 
     ``refused``, if given, is the message of the error that a body raises if it draws.
 
     Trees are of dicts, lists, tuples and named tuples. Of a policy given as ``remat`` only that it is there counts;
     the one that was registered with the body is used.
+
+    Of ys only the last one is returned if xs are enrolled, and none if the body cannot be compiled.
     """
     site = _new_site()
     stacked = isinstance(xs, Stacked)
-    tree = xs.tree if isinstance(xs, Stacked) else xs
+    enrolled = isinstance(xs, Enrolled)
+    tree = xs.tree if isinstance(xs, Stacked) else xs.inputs if isinstance(xs, Enrolled) else xs
     options = (
         ("reverse", reverse),
         ("shared_draws", shared_draws),
@@ -91,8 +97,11 @@ def opaque_run(
         ("every", every),
     )
     # As they are: Dynamo is slow at taking trees of a thousand parameters apart.
-    outs = _in_graph(key, site, length, stacked, options, _backend(compile), refused, consts, carry, tree)
-    carry_structure, y_structures = _y_structure(site)
+    outs = _in_graph(key, site, length, stacked, enrolled, options, _backend(compile), refused, consts, carry, tree)
+    structure = _y_structure(site)
+    if structure is None:
+        return None, []
+    carry_structure, y_structures = structure
     at = iter(outs)
     carry = decode(carry_structure, at)
     if stacked:
@@ -109,10 +118,10 @@ def _backend(compile: bool | dict[str, Any]) -> Any:
 
 @_compat.allow_in_graph
 def _in_graph(
-    key: str, site: int, length: int, stacked: bool, options: Options, backend: Any, refused: str | None,
-    consts: Tree, carry: Tree, xs: Tree,
+    key: str, site: int, length: int, stacked: bool, enrolled: bool, options: Options, backend: Any,
+    refused: str | None, consts: Tree, carry: Tree, xs: Tree,
 ) -> list[torch.Tensor]:  # fmt: skip
-    factory, policy = _bodies[key]
+    factory, policy, row = _bodies[key]
     body = factory()
     consts, carry, xs = mutable((consts, carry, xs))
     settings = dict(options)
@@ -123,18 +132,23 @@ def _in_graph(
     options = tuple(settings.items())
     compile = {k: dict(v) if isinstance(v, tuple) else v for k, v in backend}
     flat_consts, flat_carry = split(consts), split(carry)
-    flat_xs = [split(xs)] if stacked else [split(x) for x in xs]
+    flat_xs = [] if enrolled else [split(xs)] if stacked else [split(x) for x in xs]
     tensors = [*flat_consts[0], *flat_carry[0], *(t for x, _ in flat_xs for t in x)]
-    if tensors and not any(_compat.is_traced(t) for t in tensors):
+    if (tensors or enrolled) and not any(_compat.is_traced(t) for t in (*tensors, *(xs if enrolled else ()))):
         from torchlift.engine.run import run
 
+        if row is not None:
+            xs = [Parts(list(found), row.template) for found in roster_of(xs[0]).rows]
         out = run(body, consts, carry, Stacked(xs) if stacked else xs, length, compile=compile or True, **settings)
-        return _publish(site, *out)
+        return _publish(site, out[0], out[1] if isinstance(out[1], Stacked) or not enrolled else out[1][-1:])
     try:
         if any(isinstance(leaf, _SYMBOLIC) for leaf in _compat.pytree.tree_leaves((consts, carry))):
             raise CaptureError("a number among the arguments differs from call to call; pass it as a tensor")
-        handle = prepare(body, key, length, stacked, options, compile, flat_consts, flat_carry, flat_xs, tensors)
+        handle = prepare(body, key, length, stacked, options, compile, flat_consts, flat_carry, flat_xs, tensors, row)
     except CaptureError as error:
+        if enrolled:
+            _outputs[site] = None
+            return []
         if key not in _warned:
             _warned.add(key)
             text = f"{body.name} is unrolled into the surrounding graph: {error}"
@@ -144,17 +158,19 @@ def _in_graph(
         return _publish(site, *out)
     if refused is not None and handle.program.random:
         raise RandomnessError(refused)
-    tensors = laid_out(handle, tensors)
+    tensors = laid_out(handle, [*tensors, *xs] if enrolled else tensors)
     if handle.spec.train:
         outs = list(OpaqueLoop.apply(handle, site, *tensors))
     else:
-        outs = list(torch.ops.torchlift.loop_forward(tensors, handle.name, site))
+        outs = list(torch.ops.torchlift.loop_forward(witness(tensors), tensors, handle.name, site))
     y = handle.program.ys[0]
     at = handle.spec.carry.tensors
     carry = handle.spec.carry.fill(outs[:at])
     stacks = outs[at : at + y.tensors]
     if stacked:
         return _publish(site, carry, Stacked(y.fill(stacks)))
+    if enrolled:
+        return _publish(site, carry, [y.fill([s[-1] for s in stacks])])
     rows = zip(*(s.unbind(0) for s in stacks)) if stacks else [()] * length
     return _publish(site, carry, [y.fill(row) for row in rows])
 

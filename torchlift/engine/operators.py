@@ -6,6 +6,7 @@ all iterations come back as stacks, gradients of a thousand parameters included,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torchlift.engine.capture import like_strided
 from torchlift.engine.handles import Handle, graph_inputs, handle_named, inverse
 from torchlift.engine.node import Residuals, run_backward, run_forward
 from torchlift.engine.plan import Program
+from torchlift.engine.roster import roster_of
 
 
 class OpaqueLoop(torch.autograd.Function):
@@ -21,7 +23,7 @@ class OpaqueLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, handle: Handle, site: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = torch.ops.torchlift.loop_forward(list(tensors), handle.name, site)
+        found = torch.ops.torchlift.loop_forward(witness(tensors), list(tensors), handle.name, site)
         program = handle.program
         count = program.carries + program.ys[0].tensors
         outs = found[:count]
@@ -42,9 +44,17 @@ class OpaqueLoop(torch.autograd.Function):
         parts = [next(found) if has else None for has in _has_grad(ctx.handle)]
         if ctx.handle.spec.stacked:
             return None, None, *parts
+        if ctx.handle.row is not None:
+            standins = [part for part, meta in zip(parts[c + h :], ctx.handle.row) if meta[4]]
+            return None, None, *parts[: c + h], None, *standins
         length = ctx.handle.spec.length
         columns = [[None] * length if stack is None else stack.unbind(0) for stack in parts[c + h :]]
         return None, None, *parts[: c + h], *(column[i] for i in range(length) for column in columns)
+
+
+def witness(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One of the tensors, on the device where a loop over them draws."""
+    return next((t for t in tensors if t.device.type != "cpu"), tensors[0] if tensors else None)
 
 
 def _has_grad(handle: Handle) -> list[bool]:
@@ -54,18 +64,33 @@ def _has_grad(handle: Handle) -> list[bool]:
 
 def laid_out(handle: Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Inputs as the graphs expect them, whatever layout the surrounding graph gave them."""
+    end = len(tensors) if handle.row is None else sum(handle.spec.counts[:2])
     fitted = []
-    for t, order in zip(tensors, handle.orders):
+    for t, order in zip(tensors[:end], handle.orders):
         if not t.permute(order).is_contiguous():
             t = t.permute(order).contiguous().permute(inverse(order))
         fitted.append(t)
-    return fitted
+    return fitted + tensors[end:]
 
 
-def _forward(tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
+def _with_rows(handle: Handle, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Inputs as the graphs expect them, those of a roster among them, and its version."""
+    found = laid_out(handle, tensors)
+    if handle.row is None:
+        return found, 0
+    end = sum(handle.spec.counts[:2])
+    roster = roster_of(tensors[end])
+    return found[:end] + roster.tensors, roster.version
+
+
+def _forward(on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
     handle = handle_named(name)
-    outs, kept, _ = run_forward(handle.plan, laid_out(handle, tensors))
-    return outs + _stacked_residuals(handle.program, kept) if handle.spec.train else outs
+    inputs, version = _with_rows(handle, tensors)
+    outs, kept, _ = run_forward(handle.plan, inputs)
+    if not handle.spec.train:
+        return outs
+    versions = [] if handle.row is None else [torch.tensor(version)]
+    return [*outs, *_stacked_residuals(handle.program, kept), *versions]
 
 
 def _stacked_residuals(program: Program, kept: Residuals) -> list[torch.Tensor]:
@@ -123,15 +148,21 @@ def _backward(
 ) -> list[torch.Tensor]:
     handle = handle_named(name)
     plan, program = handle.plan, handle.program
+    inputs, version = _with_rows(handle, tensors)
+    if handle.row is not None:
+        *kept, before = kept
+        if int(before) != version:  # as autograd says it of the tensors that it keeps
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                "parameter of the layers was written after they ran; write it after backward()"
+            )
     flags = program.requires_grad[: program.carries + program.ys[0].tensors]
     parts = iter(grads)
     given = [next(parts) if flag else None for flag in flags]
-    found = run_backward(
-        plan, laid_out(handle, tensors), _unstacked_residuals(handle, kept), [], given, keep=False
-    )  # fmt: skip
-    used = {t.untyped_storage().data_ptr() for t in (*tensors, *kept, *grads)}
+    found = run_backward(plan, inputs, _unstacked_residuals(handle, kept), [], given, keep=False)
+    used = {t.untyped_storage().data_ptr() for t in (*inputs, *kept, *grads)}
     outs = []
-    for t, grad, has in zip(tensors, found, _has_grad(handle)):
+    for t, grad, has in zip(inputs, found, _has_grad(handle)):
         if not has:
             continue
         if grad is None:
@@ -154,7 +185,7 @@ class _Shapes(torch.fx.Interpreter):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-def _fake_forward(tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
+def _fake_forward(on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
     handle = handle_named(name)
     plan, program, spec = handle.plan, handle.program, handle.spec
     assert program.shapes is not None
@@ -181,6 +212,8 @@ def _fake_forward(tensors: list[torch.Tensor], name: str, site: int) -> list[tor
             else:
                 found.append(torch.empty(count, dtype=torch.int64))
     found += [torch.empty((count, n), dtype=torch.uint8) for n in handle.state_sizes]
+    if handle.row is not None:
+        found.append(torch.empty((), dtype=torch.int64))
     return found
 
 
@@ -190,7 +223,8 @@ def _fake_backward(
     handle = handle_named(name)
     c, h, _ = handle.spec.counts
     outs = []
-    for i, (t, has) in enumerate(zip(tensors, _has_grad(handle))):
+    inputs = tensors if handle.row is None else graph_inputs(handle, tensors)
+    for i, (t, has) in enumerate(zip(inputs, _has_grad(handle))):
         if has:
             one = i < c + h or handle.spec.stacked
             outs.append(torch.empty_like(t) if one else t.new_empty((handle.spec.length, *t.shape)))
@@ -199,9 +233,10 @@ def _fake_backward(
 
 _library = torch.library.Library("torchlift", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-# It may draw, and who recomputes it must know.
+# It may draw, and who recomputes it must know. Which generator's state is kept then is told by the first argument that
+# is a tensor, and not a list of them.
 _library.define(
-    "loop_forward(Tensor[] tensors, str handle, int site) -> Tensor[]",
+    "loop_forward(Tensor? on, Tensor[] tensors, str handle, int site) -> Tensor[]",
     tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
 )
 _library.define(

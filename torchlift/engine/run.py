@@ -175,7 +175,8 @@ def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
     return forbidden, forbidden is not None
 
 
-def _plain_tensor(t: torch.Tensor) -> bool:
+def is_plain(t: torch.Tensor) -> bool:
+    """Whether compiled code may take ``t`` for an ordinary tensor."""
     known = type(t) is torch.Tensor or isinstance(t, torch.nn.Parameter | torch.nn.Buffer)
     return (
         known
@@ -214,7 +215,7 @@ class _Given:
                 for t in tensors:
                     if _compat.is_traced(t):
                         return "inside another capture", False
-                    if not _plain_tensor(t):
+                    if not is_plain(t):
                         return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
             before = kinds
         return None, False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree
+from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import register_body
 from torchlift.variables import Variable
@@ -45,7 +46,9 @@ def fleshed(tree: Any) -> Any:
     return _tree.map_leaves(lambda leaf: torch.empty(()) if isinstance(leaf, str) and leaf == _TENSOR else leaf, tree)
 
 
-def register(key: str, owners: Sequence[nn.Module], make: Callable[..., Body], policy: Any) -> str:
+def register(
+    key: str, owners: Sequence[nn.Module], make: Callable[..., Body], policy: Any, row: Row | None = None
+) -> str:
     """Makes the body that ``make(*owners)`` builds known to the engine under ``key``; returns ``key``."""
     found = [weakref.ref(owner) for owner in owners]  # the engine keeps what it knows; it shall not keep the model
-    return register_body(key, lambda: make(*[owner() for owner in found]), policy)
+    return register_body(key, lambda: make(*[owner() for owner in found]), policy, row)

@@ -1,0 +1,518 @@
+"""Inside torch.compile, layers that change no state are run by a graph that holds none of their tensors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import torchlift
+from torchlift import _compat
+
+AOT = {"backend": "aot_eager"}
+pytestmark = pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)
+
+
+class Block(nn.Module):
+    scale = 1.0
+
+    def __init__(self, width: int = 4, p: float = 0.25):
+        super().__init__()
+        self.norm, self.linear, self.p = nn.LayerNorm(width), nn.Linear(width, width), p
+        self.register_buffer("shift", torch.linspace(-1, 1, width))
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        y = F.dropout(torch.tanh(self.linear(self.norm(x)) + self.shift), self.p, self.training) * self.scale
+        return x + y if gain is None else x + y * gain
+
+
+class Model(nn.Module):
+    def __init__(self, n: int = 5, **options: Any):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.blocks = torchlift.scan_layers([Block() for _ in range(n)], **{"compile": AOT, **options})
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return self.head(self.blocks(self.embed(x), *args))
+
+    def loop(self, x: Tensor, *args: Any) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, *args)
+        return self.head(x)
+
+
+class Graphs:
+    """A backend that counts its graphs and their inputs."""
+
+    def __init__(self, backend: str = "aot_eager"):
+        self.inputs: list[int] = []
+        self.compile = torch._dynamo.lookup_backend(backend)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.inputs.append(len(inputs))
+        return self.compile(graph, inputs)
+
+
+def results(call: Callable[..., Tensor], model: nn.Module, x: Tensor, *args: Any) -> list[Tensor]:
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    out = call(x, *args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *trained]), torch.get_rng_state()]
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    torch._dynamo.reset()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def compiled(model: nn.Module, graphs: Any = "aot_eager") -> Callable[..., Tensor]:
+    return torch.compile(model, fullgraph=True, backend=graphs)
+
+
+def check(call: Callable[..., Tensor], model: Model, *args: Any, batch: int = 3) -> None:
+    x = torch.randn(batch, 4)
+    assert_equal(results(call, model, x, *args), results(model.loop, model, x, *args))
+
+
+def test_the_graph_has_as_many_inputs_at_any_depth() -> None:
+    found = {}
+    for n in (2, 9):
+        model, graphs = Model(n), Graphs()
+        check(compiled(model, graphs), model)
+        found[n] = graphs.inputs
+    assert found[2] == found[9] and len(found[2]) == 1
+    assert found[2][0] < 5 + 2 + 4 + 2  # x, embed, head, what stands for four parameters, and a ticket
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"unroll": 2}, {"remat": True}, {"remat": True, "every": 2}, {"lengths": (2, 3)},
+        {"policy": torchlift.checkpoint_policies.dots_saveable},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_equals_the_loop(options: dict[str, Any]) -> None:
+    model, graphs = Model(6, **options), Graphs()
+    call = compiled(model, graphs)
+    for batch in (3, 5, 7):
+        check(call, model, batch=batch)
+        check(call, model, torch.randn(batch, 1), batch=batch)
+    assert all(count < 16 for count in graphs.inputs)
+
+
+def test_inductor() -> None:
+    model = Model(3, compile=True)
+    check(compiled(model, "inductor"), model)
+
+
+def test_a_graph_that_is_not_compiled() -> None:
+    model = Model(3)
+    check(compiled(model, "eager"), model)
+
+
+def test_another_model_of_the_same_form_has_the_same_graph() -> None:
+    graphs = Graphs()
+    for _ in range(3):
+        model = Model()
+        check(compiled(model, graphs), model)
+    assert len(graphs.inputs) == 1
+
+
+def replace_a_parameter(model: Model) -> None:
+    model.blocks[1].linear.weight = nn.Parameter(torch.randn(4, 4))
+
+
+def load_by_assignment(model: Model) -> None:
+    model.load_state_dict(Model().state_dict(), assign=True)
+
+
+def write_in_place(model: Model) -> None:
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(1.5)
+
+
+def freeze_a_column(model: Model) -> None:
+    for block in model.blocks:
+        block.linear.bias.requires_grad_(False)
+
+
+def freeze_a_layer(model: Model) -> None:
+    model.blocks[2].requires_grad_(False)
+
+
+def freeze_all(model: Model) -> None:
+    model.blocks.requires_grad_(False)
+
+
+def evaluate(model: Model) -> None:
+    model.eval()
+
+
+def append(model: Model) -> None:
+    model.blocks.append(Block())
+
+
+def change_a_number(model: Model) -> None:
+    for block in model.blocks:
+        block.p = 0.5
+
+
+def change_the_class(model: Model) -> None:
+    Block.scale = 2.0
+
+
+def change_a_buffer(model: Model) -> None:
+    model.blocks[3].shift = torch.randn(4)
+
+
+def unlike_dtype(model: Model) -> None:
+    model.blocks[0].register_buffer("shift", torch.ones(4, dtype=torch.float32))
+
+
+def add_a_hook(model: Model) -> None:
+    model.blocks[0].register_forward_hook(lambda module, args, out: out * 2)
+
+
+CHANGES = [
+    replace_a_parameter, load_by_assignment, write_in_place, freeze_a_column, freeze_a_layer, freeze_all, evaluate,
+    append, change_a_number, change_the_class, change_a_buffer, add_a_hook,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_layers_is_seen(change: Callable[[Model], None]) -> None:
+    model = Model()
+    call = compiled(model)
+    check(call, model)
+    try:
+        change(model)
+        check(call, model)
+        check(call, model)
+    finally:
+        Block.scale = 1.0
+
+
+@pytest.mark.parametrize("change", [replace_a_parameter, load_by_assignment, write_in_place, change_a_buffer])
+def test_new_values_need_no_new_graph(change: Callable[[Model], None]) -> None:
+    model, graphs = Model(), Graphs()
+    call = compiled(model, graphs)
+    check(call, model)
+    change(model)
+    check(call, model)
+    assert len(graphs.inputs) == 1
+
+
+# What the same graph does to the layers.
+
+
+class Writes(Model):
+    """A model that writes into its layers in its forward."""
+
+    def __init__(self, when: str, what: Callable[[nn.Module], None]):
+        super().__init__()
+        self.when, self.what = when, what
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        if self.when == "before":
+            self.what(self)
+        out = super().forward(x, *args)
+        if self.when == "after":
+            self.what(self)
+        return out
+
+    def loop(self, x: Tensor, *args: Any) -> Tensor:
+        if self.when == "before":
+            self.what(self)
+        out = super().loop(x, *args)
+        if self.when == "after":
+            self.what(self)
+        return out
+
+
+def scales_a_parameter(model: Any) -> None:
+    with torch.no_grad():
+        model.blocks[1].linear.weight.mul_(0.5)
+
+
+def scales_a_view(model: Any) -> None:
+    with torch.no_grad():
+        model.blocks[1].linear.weight[0].copy_(model.blocks[0].linear.weight[1])
+
+
+def scales_a_buffer(model: Any) -> None:
+    model.blocks[2].shift.mul_(0.5)
+
+
+def changes_an_attribute(model: Any) -> None:
+    for block in model.blocks:
+        block.p = 0.5
+
+
+def replaces_a_buffer(model: Any) -> None:
+    model.blocks[1].shift = model.blocks[1].shift + 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "what", [scales_a_parameter, scales_a_view, scales_a_buffer, changes_an_attribute, replaces_a_buffer]
+)
+def test_a_graph_that_writes_into_the_layers(what: Callable[[nn.Module], None], when: str) -> None:
+    model = Writes(when, what)
+    twin = copy.deepcopy(model)
+    call, x = compiled(model), torch.randn(3, 4)
+    if what is changes_an_attribute and when == "before":
+        with pytest.warns(torchlift.TorchliftCompileWarning, match="sets attributes of the layers"):
+            call(x)
+        what(twin)
+    for _ in range(3):
+        got, expected = [], []
+        for into, run, of in ((got, call, model), (expected, twin.loop, twin)):
+            torch.manual_seed(1)
+            with torch.set_grad_enabled(when == "before"):
+                out = run(x)
+            if when == "before":
+                into += [out, *torch.autograd.grad(out.sum(), list(of.parameters()))]
+            into += [out, *of.parameters(), *of.buffers()]
+        assert_equal(got, expected)
+
+
+def test_a_write_between_forward_and_backward_is_refused() -> None:
+    model = Model()
+    out = compiled(model)(torch.randn(3, 4)).sum()
+    write_in_place(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+class Gradless(Model):
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        with torch.no_grad():
+            first = self.blocks(x)
+        return super().forward(x + first, *args)
+
+    def loop(self, x: Tensor, *args: Any) -> Tensor:
+        with torch.no_grad():
+            first = x
+            for block in self.blocks:
+                first = block(first)
+        return super().loop(x + first, *args)
+
+
+def test_a_graph_that_changes_the_grad_mode() -> None:
+    model, graphs = Gradless(), Graphs()
+    call = compiled(model, graphs)
+    for _ in range(3):
+        check(call, model)
+    assert len(graphs.inputs) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Any) -> None:
+    model = Model()
+    call, x = compiled(model), torch.randn(3, 4)
+    for _ in range(2):
+        with mode():
+            torch.manual_seed(1)
+            got = call(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(got, model.loop(x), rtol=1e-12, atol=1e-12)
+        check(call, model)
+
+
+class Twice(Model):
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return super().forward(x) * 2 + self.blocks(x) + self.blocks[0].linear.weight.square().sum()
+
+    def loop(self, x: Tensor, *args: Any) -> Tensor:
+        y = super().loop(x) * 2
+        for block in self.blocks:
+            x = block(x)
+        return y + x + self.blocks[0].linear.weight.square().sum()
+
+
+def test_layers_that_run_twice_and_are_read_beside_it() -> None:
+    model = Twice()
+    check(compiled(model), model)
+
+
+def test_two_stacks_that_differ_in_what_is_frozen() -> None:
+    class Two(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = torchlift.scan_layers([Block() for _ in range(3)], compile=AOT)
+            self.others.requires_grad_(False)
+
+        def forward(self, x: Tensor, *args: Any) -> Tensor:
+            return super().forward(self.others(x))
+
+        def loop(self, x: Tensor, *args: Any) -> Tensor:
+            for block in self.others:
+                x = block(x)
+            return super().loop(x)
+
+    model = Two()
+    check(compiled(model), model)
+
+
+def test_backward_twice_accumulation_and_hooks_of_parameters() -> None:
+    model = Model()
+    twin = copy.deepcopy(model)
+    fired: list[int] = []
+    for at, parameter in enumerate(model.parameters()):
+        parameter.register_post_accumulate_grad_hook(lambda _, at=at: fired.append(at))
+    call, x = compiled(model), torch.randn(3, 4)
+    for run, of in ((call, model), (twin.loop, twin)):
+        torch.manual_seed(2)
+        out = run(x).square().sum()
+        out.backward(retain_graph=True)
+        out.backward()
+        run(x).sum().backward()
+        torch.nn.utils.clip_grad_norm_(of.parameters(), 0.1)
+    assert_equal([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+    assert sorted(fired) == sorted([*range(len(list(model.parameters())))] * 3)
+
+
+def test_functional_call_inside_and_around() -> None:
+    model = Model()
+    new = {k: torch.randn_like(p).requires_grad_() for k, p in model.named_parameters()}
+    x = torch.randn(3, 4)
+
+    model.eval()
+
+    def run(call: Any) -> list[Tensor]:
+        out = torch.func.functional_call(call, new, (x,))
+        return [out, *torch.autograd.grad(out.sum(), list(new.values()))]
+
+    class Loop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Model.loop(self, x)  # type: ignore[arg-type]
+
+    plain = Loop()
+    plain.__dict__.update(model.__dict__)
+    expected = run(plain)
+    inside = torch.compile(lambda: torch.func.functional_call(model, new, (x,)), fullgraph=True, backend="aot_eager")
+    assert_equal([inside(), *torch.autograd.grad(inside().sum(), list(new.values()))], expected)
+    around = compiled(model)
+    check(around, model)
+    new = {f"_orig_mod.{k}": p for k, p in new.items()}
+    assert_equal(run(around), expected)
+
+
+class Checkpointed(Model):
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return self.head(checkpoint(self.blocks, self.embed(x), use_reentrant=False))
+
+
+def test_inside_a_checkpoint() -> None:
+    model = Checkpointed()
+    check(compiled(model), model)
+
+
+def test_symbolic_sizes_from_the_start() -> None:
+    model = Model()
+    call = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (3, 5):
+        check(call, model, batch=batch)
+
+
+def test_layers_without_tensors() -> None:
+    class Bare(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torchlift.scan_layers([nn.Tanh() for _ in range(4)], compile=AOT)
+
+    model = Bare()
+    check(compiled(model), model)
+
+
+def test_layers_made_in_the_traced_code_and_slices_of_layers() -> None:
+    class Slices(Model):
+        def forward(self, x: Tensor, *args: Any) -> Tensor:
+            return self.head(self.blocks[2:](self.blocks[:2](self.embed(x))))
+
+    model = Slices()
+    check(compiled(model), model)
+
+
+def test_an_export_holds_the_parameters() -> None:
+    model = Model(compile=AOT).eval()
+    x = torch.randn(3, 4)
+    exported = torch.export.export(model, (x,), strict=True)
+    torch.testing.assert_close(exported.module()(x), model.loop(x), rtol=1e-12, atol=1e-12)
+    assert any("linear.weight" in name for name in exported.state_dict)
+
+
+def test_two_threads() -> None:
+    models = [Model(), Model()]
+    calls = [compiled(model) for model in models]
+    x = torch.randn(3, 4)
+    for model, call in zip(models, calls):
+        model.eval()
+        check(call, model)
+    found: list[Any] = [None, None]
+
+    def work(at: int) -> None:
+        for _ in range(20):
+            found[at] = torch.autograd.grad(calls[at](x).square().sum(), list(models[at].parameters()))
+
+    threads = [threading.Thread(target=work, args=(at,)) for at in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for at, model in enumerate(models):
+        assert_equal(found[at], torch.autograd.grad(model.loop(x).square().sum(), list(model.parameters())))
+
+
+def test_a_model_that_is_dropped_is_freed() -> None:
+    model = Model()
+    call = compiled(model)
+    check(call, model)
+    pending = call(torch.randn(3, 4)).sum()
+    weight = weakref.ref(model.blocks[0].linear.weight)
+    del model, call
+    gc.collect()
+    pending.backward()
+    del pending
+    torch._dynamo.reset()
+    gc.collect()
+    assert weight() is None
+
+
+def test_state_that_layers_change_is_published_by_the_graph() -> None:
+    class Counts(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            self.calls.add_(1)
+            return super().forward(x)
+
+    model = Model()
+    model.blocks = torchlift.scan_layers([Counts() for _ in range(3)], compile=AOT)
+    twin, call = copy.deepcopy(model), compiled(model)
+    for batch in (3, 5):
+        x = torch.randn(batch, 4)
+        assert_equal([*results(call, model, x), *model.buffers()], [*results(twin.loop, twin, x), *twin.buffers()])

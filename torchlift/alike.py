@@ -1,0 +1,39 @@
+"""In what a layer differs from another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from torchlift import fingerprint
+from torchlift.variables import class_of, own_tensors
+
+
+def difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> str | None:
+    """The first difference of a layer from layer 0, in words; None if there is none that matters."""
+    others = dict(layer.named_modules())
+    modules = dict(first.named_modules())
+    if list(others) != list(modules):
+        odd = sorted(set(others) ^ set(modules))
+        return f"submodules {odd} are in one layer only" if odd else f"has submodules {list(others)} != {list(modules)}"
+    for path, module in modules.items():
+        other = others[path]
+        where = f"{path}." if path else ""
+        if class_of(other) is not class_of(module):
+            return f"{path or 'the layer'} is a {type(other).__name__} != {type(module).__name__}"
+        tensors = {key: (store, tensor) for store, key, tensor in own_tensors(module)}
+        found = {key: (store, tensor) for store, key, tensor in own_tensors(other)}
+        if list(tensors) != list(found):
+            return f"{path or 'the layer'} has {list(found)} != {list(tensors)}"
+        for key, (store, tensor) in tensors.items():
+            got = found[key][1]
+            if (found[key][0], got.shape, got.dtype) != (store, tensor.shape, tensor.dtype):
+                return f"{where}{key} {tuple(got.shape)} {got.dtype} != {tuple(tensor.shape)} {tensor.dtype}"
+        expected, attributes = fingerprint.of_module(module), fingerprint.of_module(other)
+        for key in [*expected, *(key for key in attributes if key not in expected)]:
+            if key in scanned or f"{where}{key}" in scanned or key == "training":
+                continue
+            if expected.get(key) != attributes.get(key):
+                return f"{where}{key} {other.__dict__.get(key)!r} != {module.__dict__.get(key)!r}"
+    return None
