@@ -11,69 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from enrolled import AOT, Block, Graphs, Model, assert_equal, check, compiled, results
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchlift
 from torchlift import _compat
 
-AOT = {"backend": "aot_eager"}
 pytestmark = pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)
-
-
-class Block(nn.Module):
-    scale = 1.0
-
-    def __init__(self, width: int = 4, p: float = 0.25):
-        super().__init__()
-        self.norm, self.linear, self.p = nn.LayerNorm(width), nn.Linear(width, width), p
-        self.register_buffer("shift", torch.linspace(-1, 1, width))
-
-    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
-        y = F.dropout(torch.tanh(self.linear(self.norm(x)) + self.shift), self.p, self.training) * self.scale
-        return x + y if gain is None else x + y * gain
-
-
-class Model(nn.Module):
-    def __init__(self, n: int = 5, **options: Any):
-        super().__init__()
-        self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.blocks = torchlift.scan_layers([Block() for _ in range(n)], **{"compile": AOT, **options})
-
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        return self.head(self.blocks(self.embed(x), *args))
-
-    def loop(self, x: Tensor, *args: Any) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x, *args)
-        return self.head(x)
-
-
-class Graphs:
-    """A backend that counts its graphs and their inputs."""
-
-    def __init__(self, backend: str = "aot_eager"):
-        self.inputs: list[int] = []
-        self.compile = torch._dynamo.lookup_backend(backend)
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        self.inputs.append(len(inputs))
-        return self.compile(graph, inputs)
-
-
-def results(call: Callable[..., Tensor], model: nn.Module, x: Tensor, *args: Any) -> list[Tensor]:
-    torch.manual_seed(3)
-    x = x.clone().requires_grad_()
-    out = call(x, *args)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [out, *torch.autograd.grad(out.square().sum(), [x, *trained]), torch.get_rng_state()]
-
-
-def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(autouse=True)
@@ -82,15 +27,6 @@ def double() -> Any:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def compiled(model: nn.Module, graphs: Any = "aot_eager") -> Callable[..., Tensor]:
-    return torch.compile(model, fullgraph=True, backend=graphs)
-
-
-def check(call: Callable[..., Tensor], model: Model, *args: Any, batch: int = 3) -> None:
-    x = torch.randn(batch, 4)
-    assert_equal(results(call, model, x, *args), results(model.loop, model, x, *args))
 
 
 def test_the_graph_has_as_many_inputs_at_any_depth() -> None:
@@ -109,7 +45,7 @@ def test_the_graph_has_as_many_inputs_at_any_depth() -> None:
         {}, {"unroll": 2}, {"remat": True}, {"remat": True, "every": 2}, {"lengths": (2, 3)},
         {"policy": torchlift.checkpoint_policies.dots_saveable},
     ],
-    ids=str,
+    ids=["as it is", "unroll", "remat", "every", "lengths", "policy"],
 )  # fmt: skip
 def test_equals_the_loop(options: dict[str, Any]) -> None:
     model, graphs = Model(6, **options), Graphs()
@@ -186,10 +122,6 @@ def change_a_buffer(model: Model) -> None:
     model.blocks[3].shift = torch.randn(4)
 
 
-def unlike_dtype(model: Model) -> None:
-    model.blocks[0].register_buffer("shift", torch.ones(4, dtype=torch.float32))
-
-
 def add_a_hook(model: Model) -> None:
     model.blocks[0].register_forward_hook(lambda module, args, out: out * 2)
 
@@ -221,123 +153,6 @@ def test_new_values_need_no_new_graph(change: Callable[[Model], None]) -> None:
     change(model)
     check(call, model)
     assert len(graphs.inputs) == 1
-
-
-# What the same graph does to the layers.
-
-
-class Writes(Model):
-    """A model that writes into its layers in its forward."""
-
-    def __init__(self, when: str, what: Callable[[nn.Module], None]):
-        super().__init__()
-        self.when, self.what = when, what
-
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        if self.when == "before":
-            self.what(self)
-        out = super().forward(x, *args)
-        if self.when == "after":
-            self.what(self)
-        return out
-
-    def loop(self, x: Tensor, *args: Any) -> Tensor:
-        if self.when == "before":
-            self.what(self)
-        out = super().loop(x, *args)
-        if self.when == "after":
-            self.what(self)
-        return out
-
-
-def scales_a_parameter(model: Any) -> None:
-    with torch.no_grad():
-        model.blocks[1].linear.weight.mul_(0.5)
-
-
-def scales_a_view(model: Any) -> None:
-    with torch.no_grad():
-        model.blocks[1].linear.weight[0].copy_(model.blocks[0].linear.weight[1])
-
-
-def scales_a_buffer(model: Any) -> None:
-    model.blocks[2].shift.mul_(0.5)
-
-
-def changes_an_attribute(model: Any) -> None:
-    for block in model.blocks:
-        block.p = 0.5
-
-
-def replaces_a_buffer(model: Any) -> None:
-    model.blocks[1].shift = model.blocks[1].shift + 1
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(
-    "what", [scales_a_parameter, scales_a_view, scales_a_buffer, changes_an_attribute, replaces_a_buffer]
-)
-def test_a_graph_that_writes_into_the_layers(what: Callable[[nn.Module], None], when: str) -> None:
-    model = Writes(when, what)
-    twin = copy.deepcopy(model)
-    call, x = compiled(model), torch.randn(3, 4)
-    if what is changes_an_attribute and when == "before":
-        with pytest.warns(torchlift.TorchliftCompileWarning, match="sets attributes of the layers"):
-            call(x)
-        what(twin)
-    for _ in range(3):
-        got, expected = [], []
-        for into, run, of in ((got, call, model), (expected, twin.loop, twin)):
-            torch.manual_seed(1)
-            with torch.set_grad_enabled(when == "before"):
-                out = run(x)
-            if when == "before":
-                into += [out, *torch.autograd.grad(out.sum(), list(of.parameters()))]
-            into += [out, *of.parameters(), *of.buffers()]
-        assert_equal(got, expected)
-
-
-def test_a_write_between_forward_and_backward_is_refused() -> None:
-    model = Model()
-    out = compiled(model)(torch.randn(3, 4)).sum()
-    write_in_place(model)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.backward()
-
-
-class Gradless(Model):
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        with torch.no_grad():
-            first = self.blocks(x)
-        return super().forward(x + first, *args)
-
-    def loop(self, x: Tensor, *args: Any) -> Tensor:
-        with torch.no_grad():
-            first = x
-            for block in self.blocks:
-                first = block(first)
-        return super().loop(x + first, *args)
-
-
-def test_a_graph_that_changes_the_grad_mode() -> None:
-    model, graphs = Gradless(), Graphs()
-    call = compiled(model, graphs)
-    for _ in range(3):
-        check(call, model)
-    assert len(graphs.inputs) == 1
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode: Any) -> None:
-    model = Model()
-    call, x = compiled(model), torch.randn(3, 4)
-    for _ in range(2):
-        with mode():
-            torch.manual_seed(1)
-            got = call(x)
-            torch.manual_seed(1)
-            torch.testing.assert_close(got, model.loop(x), rtol=1e-12, atol=1e-12)
-        check(call, model)
 
 
 class Twice(Model):

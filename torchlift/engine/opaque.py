@@ -24,7 +24,7 @@ from torchlift import _compat
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.handles import Options, Row, prepare
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, plain_run
-from torchlift.engine.operators import OpaqueLoop, laid_out, witness
+from torchlift.engine.operators import OpaqueLoop, forward, laid_out
 from torchlift.engine.roster import Enrolled, roster_of
 from torchlift.engine.structure import decode, encode, mutable
 from torchlift.engine.trees import Parts, split
@@ -162,7 +162,7 @@ def _in_graph(
     if handle.spec.train:
         outs = list(OpaqueLoop.apply(handle, site, *tensors))
     else:
-        outs = list(torch.ops.torchlift.loop_forward(witness(tensors), tensors, handle.name, site))
+        outs = list(forward(handle, site, tensors))
     y = handle.program.ys[0]
     at = handle.spec.carry.tensors
     carry = handle.spec.carry.fill(outs[:at])

@@ -6,7 +6,6 @@ all iterations come back as stacks, gradients of a thousand parameters included,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ class OpaqueLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, handle: Handle, site: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = torch.ops.torchlift.loop_forward(witness(tensors), list(tensors), handle.name, site)
+        found = forward(handle, site, list(tensors))
         program = handle.program
         count = program.carries + program.ys[0].tensors
         outs = found[:count]
@@ -39,7 +38,9 @@ class OpaqueLoop(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, kept = list(saved[: ctx.count]), list(saved[ctx.count :])
         given = [g for g, flag in zip(grads, ctx.flags) if flag]
-        found = iter(torch.ops.torchlift.loop_backward(tensors, kept, given, ctx.handle.name, ctx.site))
+        ops = torch.ops.torchlift
+        backward = ops.loop_backward if ctx.handle.row is None else ops.roster_backward
+        found = iter(backward(tensors, kept, given, ctx.handle.name, ctx.site))
         c, h, width = ctx.handle.spec.counts
         parts = [next(found) if has else None for has in _has_grad(ctx.handle)]
         if ctx.handle.spec.stacked:
@@ -50,11 +51,6 @@ class OpaqueLoop(torch.autograd.Function):
         length = ctx.handle.spec.length
         columns = [[None] * length if stack is None else stack.unbind(0) for stack in parts[c + h :]]
         return None, None, *parts[: c + h], *(column[i] for i in range(length) for column in columns)
-
-
-def witness(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One of the tensors, on the device where a loop over them draws."""
-    return next((t for t in tensors if t.device.type != "cpu"), tensors[0] if tensors else None)
 
 
 def _has_grad(handle: Handle) -> list[bool]:
@@ -232,17 +228,27 @@ def _fake_backward(
 
 
 _library = torch.library.Library("torchlift", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-# It may draw, and who recomputes it must know. Which generator's state is kept then is told by the first argument that
-# is a tensor, and not a list of them.
-_library.define(
-    "loop_forward(Tensor? on, Tensor[] tensors, str handle, int site) -> Tensor[]",
-    tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
-)
-_library.define(
-    "loop_backward(Tensor[] tensors, Tensor[] kept, Tensor[] grads, str handle, int site) -> Tensor[]", tags=_TAGS
-)
-_library.impl("loop_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("loop_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("torchlift::loop_forward", _fake_forward, lib=_library)
-torch.library.register_fake("torchlift::loop_backward", _fake_backward, lib=_library)
+# A replay of a CUDA graph would not look at a roster again.
+for _name, _tags in (("loop", ()), ("roster", (torch.Tag.cudagraph_unsafe,))):
+    # It may draw, and who recomputes it must know. Which generator's state is kept then is told by the first argument
+    # that is a tensor, and not a list of them.
+    _library.define(
+        f"{_name}_forward(Tensor? on, Tensor[] tensors, str handle, int site) -> Tensor[]",
+        tags=(*_tags, torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+    )
+    _library.define(
+        f"{_name}_backward(Tensor[] tensors, Tensor[] kept, Tensor[] grads, str handle, int site) -> Tensor[]",
+        tags=(*_tags, torch.Tag.pt2_compliant_tag),
+    )
+    _library.impl(f"{_name}_forward", _forward, "CompositeExplicitAutograd")
+    _library.impl(f"{_name}_backward", _backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"torchlift::{_name}_forward", _fake_forward, lib=_library)
+    torch.library.register_fake(f"torchlift::{_name}_backward", _fake_backward, lib=_library)
+
+
+def forward(handle: Handle, site: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the loop returns, then, if it trains, what backward needs."""
+    # On the device where it draws, if it does.
+    on = next((t for t in tensors if t.device.type != "cpu"), tensors[0] if tensors else None)
+    ops = torch.ops.torchlift
+    return (ops.loop_forward if handle.row is None else ops.roster_forward)(on, tensors, handle.name, site)

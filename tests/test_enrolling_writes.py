@@ -1,0 +1,145 @@
+"""What a graph writes into layers that it does not hold, and which grad mode it sets around them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from enrolled import Graphs, Model, assert_equal, check, compiled
+from torch import Tensor, nn
+
+import torchlift
+from torchlift import _compat
+
+pytestmark = pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    torch._dynamo.reset()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Writes(Model):
+    """A model that writes into its layers in its forward."""
+
+    def __init__(self, when: str, what: Callable[[nn.Module], None]):
+        super().__init__()
+        self.when, self.what = when, what
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        if self.when == "before":
+            self.what(self)
+        out = super().forward(x, *args)
+        if self.when == "after":
+            self.what(self)
+        return out
+
+    def loop(self, x: Tensor, *args: Any) -> Tensor:
+        if self.when == "before":
+            self.what(self)
+        out = super().loop(x, *args)
+        if self.when == "after":
+            self.what(self)
+        return out
+
+
+def scales_a_parameter(model: Any) -> None:
+    with torch.no_grad():
+        model.blocks[1].linear.weight.mul_(0.5)
+
+
+def scales_a_view(model: Any) -> None:
+    with torch.no_grad():
+        model.blocks[1].linear.weight[0].copy_(model.blocks[0].linear.weight[1])
+
+
+def scales_a_buffer(model: Any) -> None:
+    model.blocks[2].shift.mul_(0.5)
+
+
+def changes_an_attribute(model: Any) -> None:
+    for block in model.blocks:
+        block.p = 0.5
+
+
+def replaces_a_buffer(model: Any) -> None:
+    model.blocks[1].shift = model.blocks[1].shift + 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "what", [scales_a_parameter, scales_a_view, scales_a_buffer, changes_an_attribute, replaces_a_buffer]
+)
+def test_a_graph_that_writes_into_the_layers(what: Callable[[nn.Module], None], when: str) -> None:
+    model = Writes(when, what)
+    twin = copy.deepcopy(model)
+    call, x = compiled(model), torch.randn(3, 4)
+    if what is changes_an_attribute and when == "before":
+        with pytest.warns(torchlift.TorchliftCompileWarning, match="sets attributes of the layers"):
+            call(x)
+        what(twin)
+    for _ in range(3):
+        got, expected = [], []
+        for into, run, of in ((got, call, model), (expected, twin.loop, twin)):
+            torch.manual_seed(1)
+            with torch.set_grad_enabled(when == "before"):
+                out = run(x)
+            if when == "before":
+                into += [out, *torch.autograd.grad(out.sum(), list(of.parameters()))]
+            into += [out, *of.parameters(), *of.buffers()]
+        assert_equal(got, expected)
+
+
+def write_in_place(model: Model) -> None:
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(1.5)
+
+
+def test_a_write_between_forward_and_backward_is_refused() -> None:
+    model = Model()
+    out = compiled(model)(torch.randn(3, 4)).sum()
+    write_in_place(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+class Gradless(Model):
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        with torch.no_grad():
+            first = self.blocks(x)
+        return super().forward(x + first, *args)
+
+    def loop(self, x: Tensor, *args: Any) -> Tensor:
+        with torch.no_grad():
+            first = x
+            for block in self.blocks:
+                first = block(first)
+        return super().loop(x + first, *args)
+
+
+def test_a_graph_that_changes_the_grad_mode() -> None:
+    model, graphs = Gradless(), Graphs()
+    call = compiled(model, graphs)
+    for _ in range(3):
+        check(call, model)
+    assert len(graphs.inputs) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Any) -> None:
+    model = Model()
+    call, x = compiled(model), torch.randn(3, 4)
+    for _ in range(2):
+        with mode():
+            torch.manual_seed(1)
+            got = call(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(got, model.loop(x), rtol=1e-12, atol=1e-12)
+        check(call, model)
