@@ -31,6 +31,7 @@ ROWS = [
     ["pack.py"],
     ["fingerprint.py", "metadata.py", "applying.py", "copies.py"],
     ["alike.py", "enrolling.py", "stacking.py"],
+    ["unread.py"],
     ["stacked_classes.py"],
     ["lifting.py", "axes.py"],
     ["norm.py", "sharding.py", "state_dict.py", "explaining.py"],

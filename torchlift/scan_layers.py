@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
-from torchlift.alike import difference
+from torchlift.alike import attributes, difference
 from torchlift.copies import Written
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.handles import Row
@@ -35,6 +35,7 @@ from torchlift.stacking import listed
 from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
 from torchlift.transforms.remat import remat
+from torchlift.unread import ReadError, Scanned
 from torchlift.variables import Variable
 
 
@@ -141,12 +142,12 @@ class ScanLayers(nn.ModuleList):
 
         def make(layers: Any) -> _Call:
             call = _Call(layers, fleshed(x), fleshed(args), fleshed(kwargs))
-            call.attributes = []
+            call.scan(all_given=False)
             return call
 
         call = make(self)
         leaves = call.packed[0].leaves
-        if self.scanned_attributes or any(isinstance(leaf, (nn.Module, Variable)) for leaf in leaves):
+        if call.attributes or any(isinstance(leaf, (nn.Module, Variable)) for leaf in leaves):
             return ""
         try:
             call.check_hidden()
@@ -235,7 +236,10 @@ class _Call:
 
     def run(self) -> Any:
         layers, first = self.layers, self.packed[0]
-        self.attributes = _attributes(first, layers.scanned_attributes)
+        if _compat.is_compiling():
+            self.attributes = attributes(first, layers.scanned_attributes)
+        else:
+            self.scan(all_given=layers.compile_options is False)
         found: Any
         options = layers.options()
         consts = [constant(leaf) for leaf in first.leaves[len(self.carry) :]]
@@ -264,20 +268,28 @@ class _Call:
                 carry, found = run(
                     Body(self.body, key, layers.label), consts, self.carry, xs, len(xs), compile=compile, **options
                 )
+                self.scanned.require_unread()
                 written.note(change.entry for y in found for change in _static(y[3]).meta.changes)
                 written.require_apart(self.shared)
-        except (CarryError, UnsupportedError) as error:
-            warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
-            record(Report(layers.label, "plain", str(error)))
+        except (CarryError, ReadError, UnsupportedError) as error:
             if states is not None:  # what the first layers drew is drawn again
                 rng.write_states(states[0])
                 rng.rewind(states[1])
+            if self.scanned.learn():
+                return self.run()
+            warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
+            record(Report(layers.label, "plain", str(error)))
             return self.plain()
         ys: list[Any] = [(*y[:3], _static(y[3])) for y in found]
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
         return _tree.unflatten([*carry, *extras], static.out)
+
+    def scan(self, all_given: bool) -> None:
+        """Decides which of the scanned attributes are given to the layers."""
+        self.scanned = Scanned(self.packed, self.layers.scanned_attributes, all_given)
+        self.attributes = self.scanned.given
 
     def xs(self, written: frozenset[int] | None = None) -> list[Any]:
         """The tensors and the scanned attributes of each layer.
@@ -323,8 +335,8 @@ class _Call:
     def body(self, consts: Any, carry: Any, x: Any) -> Any:
         """One layer, with the tensors and scanned attributes in ``x``."""
         first = self.packed[0]
-        tensors, attributes = x
-        own = dict(zip(self.attributes, attributes, strict=True))
+        tensors, values = x
+        own = {**self.scanned.unread, **dict(zip(self.attributes, values, strict=True))}
         out, update = first.pure(tensors, [*carry, *consts], own)
         leaves, spec = _tree.flatten(out)  # of a tuple, those of its first element come first
         count = len(self.carry)
@@ -337,6 +349,7 @@ class _Call:
     def stateless_body(self, consts: Any, carry: Any, x: Any) -> Any:
         """The same, of layers that change nothing: there is no one to publish it."""
         carry, y = self.body(consts, carry, x)
+        self.scanned.require_unread()
         if y[1] or y[2]:
             raise CaptureError("a layer changes its state")
         return carry, y
@@ -356,7 +369,7 @@ def _register(settings: dict[str, Any], wrote: bool, x: Any, args: Any, kwargs: 
 
     def make(*modules: nn.Module) -> _Call:
         call = _Call(ScanLayers(modules, **settings), fleshed(x), fleshed(args), fleshed(kwargs))
-        call.attributes = _attributes(call.packed[0], call.layers.scanned_attributes)
+        call.scan(all_given=True)
         return call
 
     call, policy = make(*modules), settings["policy"]
@@ -387,16 +400,6 @@ def _static(found: Any) -> _Static:
     return results[found] if isinstance(found, str) else found
 
 
-def _attributes(packed: Packed, names: Sequence[str]) -> list[tuple[int, str]]:
-    """Where in a layer the scanned attributes lie: a bare name stands for that attribute of any submodule."""
-    return [
-        (at, key)
-        for at, node in enumerate(packed.nodes)
-        for key in node.module.__dict__
-        if key in names or node.dotted(key) in names
-    ]
-
-
 @_compat.outside_of_graphs
 def scan_layers(
     layers: Iterable[nn.Module],
@@ -424,7 +427,7 @@ def scan_layers(
         compile: True for Inductor, False for a plain Python loop, or options of ``torch.compile``.
         unroll: how many layers make one compiled graph.
         scanned_attributes: plain attributes, of the layers or of any submodule, that may differ. There is one graph
-            for each combination of their values.
+            for each combination of the values of those that the layers read.
 
     Returns:
         A ``ModuleList`` that can be called.
