@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,39 @@ def write_in_place(model: Model) -> None:
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             parameter.mul_(1.5)
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.p, self.calls = 0.25, 0
+
+
+class Configured(Model):
+    """A model whose layers share an object, and which writes to that or to another one."""
+
+    def __init__(self, shared: bool):
+        super().__init__()
+        self.settings, own = Settings(), Settings()
+        for block in self.blocks:
+            block.settings = self.settings if shared else own
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        self.settings.calls += 1
+        return super().forward(x, *args)
+
+
+def test_a_write_to_an_object_counts_if_the_layers_hold_it() -> None:
+    inputs = {}
+    for shared in (False, True):
+        torch._dynamo.reset()
+        model, graphs = Configured(shared), Graphs()
+        call = compiled(model, graphs)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", torchlift.TorchliftCompileWarning)
+            check(call, model)
+        assert any("sets attributes of the layers" in str(each.message) for each in told) == shared
+        (inputs[shared],) = graphs.inputs
+    assert inputs[False] < 16 < inputs[True]
 
 
 def test_a_write_between_forward_and_backward_is_refused() -> None:

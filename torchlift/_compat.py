@@ -724,7 +724,7 @@ def read_at_each_call(owner: torch.nn.Module) -> Any:
     """While Dynamo traces: ``owner.enrolment``, which the graph reads again, and compares, at each call; or None.
 
     It is a property, which Dynamo would trace. It is None where what is read then would not be what this trace has: it
-    wrote what ``owner`` may hold, or made ``owner``, or is an export, whose graph reads nothing but its arguments.
+    wrote what ``owner.sees``, or made ``owner``, or is an export, whose graph reads nothing but its arguments.
     """
     found = None
     torch._dynamo.comptime.comptime(_read_at_each_call)
@@ -776,10 +776,8 @@ def _read_at_each_call(trace: Any) -> None:
     variable = tx.symbolic_locals["owner"].realize()
     if variable.source is None or tx.export or variable.value in _written_by_graphs:
         return
-    inside = {id(module) for module in variable.value.modules()}
-    for value, _ in _written(tx.output.side_effects):
-        if not isinstance(value, torch.nn.Module) or id(value) in inside:
-            return
+    if any(variable.value.sees(*written) for written in _written(tx.output.side_effects)):
+        return
     # Read where a graph begins, with Dynamo at work: it is not to compile what computes it.
     code = type(variable.value).enrolment.fget.__code__
     set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
@@ -798,28 +796,22 @@ def _written(side_effects: Any) -> Iterator[tuple[Any, set[str]]]:
             yield older.get(at), set(side_effects.store_attr_mutations.get(variable, ()))
 
 
-def wrote_attributes(*modules: torch.nn.Module) -> bool:
-    """While Dynamo traces: whether the trace wrote plain attributes of these modules, or what such attributes hold.
-
-    Whoever looks at the real modules, to capture a body, sees what was there before.
-    """
+def wrote(sees: Callable[..., bool], *modules: torch.nn.Module) -> bool:
+    """While Dynamo traces: whether it wrote what ``sees(modules, written, names)`` says that the real modules see."""
     found = False
-    torch._dynamo.comptime.comptime(_wrote_attributes)
+    torch._dynamo.comptime.comptime(_wrote)
     return found
 
 
-def _wrote_attributes(trace: Any) -> None:
+def _wrote(trace: Any) -> None:
     from torch._dynamo.variables import ConstantVariable
 
     tx = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    owners = [getattr(v.realize(), "value", None) for v in tx.symbolic_locals["modules"].items]
-    modules = [module for owner in owners if owner is not None for module in owner.modules()]
-    internal = torch.nn.Module().__dict__
-    held = {id(value) for m in modules for key, value in vars(m).items() if key not in internal}
-    inside = {id(module) for module in modules}
-    for value, names in _written(tx.output.side_effects):
-        if id(value) in held or (id(value) in inside and names - {*value._parameters, *value._buffers}):
-            tx.symbolic_locals["found"] = ConstantVariable.create(True)
+    modules = [getattr(v.realize(), "value", None) for v in tx.symbolic_locals["modules"].items]
+    real = [module for module in modules if isinstance(module, torch.nn.Module)]  # others are made in the trace
+    sees = trace.get_local("sees").as_python_constant()
+    if any(sees(real, *written) for written in _written(tx.output.side_effects)):
+        tx.symbolic_locals["found"] = ConstantVariable.create(True)
 
 
 def _require_unwritten(trace: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -51,6 +52,25 @@ def enrolment(
     inputs = Roster(rows).inputs()
     _known[holder] = found, digest, inputs
     return (digest, *inputs)
+
+
+def sees_attributes(modules: Sequence[nn.Module], value: Any, names: set[str]) -> bool:
+    """Whether a write to ``names`` of ``value`` changes plain attributes of modules, or what such attributes hold.
+
+    A body that is captured from the real modules while Dynamo traces would see what was there before.
+    """
+    if isinstance(value, nn.Module):
+        inside = any(value is inner for module in modules for inner in module.modules())
+        return inside and not names <= {*value._parameters, *value._buffers}
+    return id(value) in fingerprint.held(modules)
+
+
+def sees(modules: Sequence[nn.Module], value: Any, names: set[str]) -> bool:
+    """As :func:`sees_attributes`, of anything that a graph would read in the modules at its next call."""
+    inner = [each for module in modules for each in module.modules()]
+    own = [each.__dict__[store] for each in inner for store in ("_parameters", "_buffers", "_modules")]
+    unknown = value is None or isinstance(value, types.CellType)  # a global; the variable of a closure
+    return unknown or any(value is each for each in (*inner, *own)) or sees_attributes(modules, value, names)
 
 
 def _are_alike(packed: Sequence[Packed], keys: Sequence[Hashable], forms: Sequence[list[Any]]) -> bool:

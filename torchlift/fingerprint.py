@@ -8,6 +8,7 @@ object dies.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import hashlib
@@ -81,6 +82,17 @@ def hidden(packed: Packed) -> list[Any]:
         for node in packed.nodes:
             reader.all(value for key, value in node.module.__dict__.items() if key not in INTERNALS and key != AT)
     return reader.hidden
+
+
+def held(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of the values that plain attributes of modules and of their submodules hold, however deep."""
+    reader = _Reader()
+    for inner in dict.fromkeys(inner for module in modules for inner in module.modules()):
+        for key, value in inner.__dict__.items():
+            if key not in INTERNALS and key != AT:
+                with contextlib.suppress(UnsupportedError):  # it is not compiled either
+                    reader.read(value)
+    return set(reader.known)
 
 
 def opaque(leaves: Iterable[Any]) -> str | None:

@@ -21,7 +21,7 @@ from torchlift.engine.opaque import opaque_run
 from torchlift.engine.roster import Enrolled
 from torchlift.engine.run import Report, record, run
 from torchlift.engine.trees import Parts, split
-from torchlift.enrolling import enrolment
+from torchlift.enrolling import enrolment, sees, sees_attributes
 from torchlift.errors import (
     CarryError,
     LayerMismatchError,
@@ -99,10 +99,8 @@ class ScanLayers(nn.ModuleList):
         """Runs the layers in order on ``x``; extra arguments go to every layer."""
         if not len(self):
             return x
-        if _compat.is_compiling():
-            out = self._run_enrolled(x, args, kwargs)
-            if out is not None:
-                return out[0]
+        if _compat.is_compiling() and (out := self._run_enrolled(x, args, kwargs)) is not None:
+            return out[0]
         call = _Call(self, x, args, kwargs)
         reason, unexpected = call.why_plain()
         if reason is None:
@@ -117,6 +115,10 @@ class ScanLayers(nn.ModuleList):
     def enrolment(self) -> tuple[Any, ...]:
         """What a graph of torch.compile that runs the layers reads of them at each call."""
         return enrolment(self, list(self), _call_layer, self.scanned_attributes)
+
+    def sees(self, value: Any, names: set[str]) -> bool:
+        """Whether a write to ``names`` of ``value``, of which Dynamo only takes note, would change the enrolment."""
+        return sees(list(self), value, names)
 
     def _run_enrolled(self, x: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
         """While Dynamo traces: the call, in a graph that does not hold the layers; None where it must."""
@@ -247,7 +249,7 @@ class _Call:
         try:
             if _compat.is_compiling():
                 trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
-                key = _register(layers.settings(), _compat.wrote_attributes(*layers), *trees, *layers)
+                key = _register(layers.settings(), _compat.wrote(sees_attributes, *layers), *trees, *layers)
                 if not key:
                     return self.plain()
                 xs = self.xs()
