@@ -99,6 +99,39 @@ def test_inside_transforms(compiled):
     assert spans(loop, stack, x) == ["Layer.<lambda>", "Layer.forward", "Layer.act"] * 2
 
 
+class NetOfNets(nn.Module):
+    """Lifted modules in a module, and in each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.shallow = torchlift.remat(Layer)()
+        self.deep = torchlift.remat(Inner)()
+
+    @named_call
+    def forward(self, x):
+        return self.deep(self.shallow(x))
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torchlift.remat(Layer)()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_lifted_module_keeps_its_path(compiled):
+    net = NetOfNets()
+    run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+    run(torch.ones(2, 4))
+    paths = ["forward", *[f"{path}.{method}" for path in ("shallow", "deep.layer") for method in ("forward", "act")]]
+    assert spans(run, torch.ones(2, 4)) == [f"NetOfNets.{path}" for path in paths]
+    expected = [f"RematInner.layer.{method}" for method in ("forward", "act")]
+    assert spans(net.deep, torch.ones(2, 4)) == expected  # nothing around it is labelled: by what was lifted
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: torch.func.vmap(f)(x[None])])
 def test_inside_torch_func(transform):
     net = Net()

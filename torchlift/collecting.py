@@ -40,6 +40,9 @@ class _Registrar:
         nn.Module.register_buffer(self.module, name, tensor, persistent)
 
 
+RootPlace = tuple[int, str, nn.Module]  # in the outermost body: the number of a root, a path from it, and that root
+
+
 class Collected:
     """A call taken apart: its roots, their variables (``entries``), and the leaves of its arguments.
 
@@ -241,7 +244,16 @@ class Collected:
 
     # Shadows ---------------------------------------------------------------------------------------------------------
 
-    def shadows(self, bound: Sequence[Tensor], hidden: frozenset[int], inside: type | None) -> list[nn.Module]:
+    def places(self, outermost: bool) -> list[RootPlace]:
+        """Where each root lies in the outermost body; ``outermost`` takes this one for it."""
+        return [
+            root.__dict__[AT][2:] if AT in root.__dict__ and not outermost else (number, "", root)
+            for number, root in enumerate(self.roots)
+        ]
+
+    def shadows(
+        self, bound: Sequence[Tensor], hidden: frozenset[int], inside: type | None, places: Sequence[RootPlace]
+    ) -> list[nn.Module]:
         """A copy of each module that holds ``bound`` in the place of its tensors, but for those that are ``hidden``.
 
         NOTE [Bind]. Tensors are never put into the slots of the real module: a second thread would compute with them,
@@ -262,7 +274,9 @@ class Collected:
                     del fields[store][key]
                 else:
                     fields[store][key] = bound[index]
-            fields[AT] = (node.root, node.path)
+            number, path, root = places[node.root]
+            path = f"{path}.{node.path}" if path and node.path else path or node.path
+            fields[AT] = (node.root, node.path, number, path, root)
             if compiling and type(shadow).register_buffer is nn.Module.register_buffer:
                 fields["register_buffer"] = _Registrar(shadow)
             shadows.append(shadow)

@@ -27,7 +27,7 @@ from torchlift.errors import UnsupportedError
 from torchlift.nodes import ATOMS, INTERNALS, LONG, SCALARS, Node
 from torchlift.pack import Packed
 from torchlift.references import in_cell
-from torchlift.variables import AT, Variable, class_of
+from torchlift.variables import Variable, class_of
 
 # Arguments that are told by what they are, or are inputs.
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
@@ -61,7 +61,7 @@ def of_module(module: nn.Module) -> dict[str, Hashable]:
     return {
         key: (type(value), value) if type(value) in SCALARS else of_value(value)
         for key, value in module.__dict__.items()
-        if key not in INTERNALS and key != AT and not isinstance(value, (Tensor, nn.Module))
+        if key not in INTERNALS and not isinstance(value, (Tensor, nn.Module))
     }
 
 
@@ -80,7 +80,7 @@ def hidden(packed: Packed) -> list[Any]:
     reader = _Reader()
     if packed.memory is None:  # what is remembered has none
         for node in packed.nodes:
-            reader.all(value for key, value in node.module.__dict__.items() if key not in INTERNALS and key != AT)
+            reader.all(value for key, value in node.module.__dict__.items() if key not in INTERNALS)
     return reader.hidden
 
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchlift.variables import ATTRIBUTE
+from torchlift.variables import AT, ATTRIBUTE
 
 SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
 ATOMS: tuple[Any, ...] = (*SCALARS, torch.dtype, torch.device, torch.Size, slice, range)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STORES = ("_parameters", "_buffers")
-INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+INTERNALS = frozenset(nn.Module().__dict__) - {"training"} | {AT}
 LONG = 64  # a longer container is a table of plain values
 
 

@@ -190,7 +190,7 @@ class Packed(Collected):
                     # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
                     bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
         versions = {index: _compat.version(bound[index]) for index in self.buffers}
-        shadows = self.shadows(bound, self.hidden, self.inside)
+        shadows = self.shadows(bound, self.hidden, self.inside, self.places(outermost=False))
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)

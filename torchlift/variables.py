@@ -16,7 +16,9 @@ from torchlift.filters import Filter, check, matches
 
 PARAMS, BATCH_STATS, BUFFERS = "params", "batch_stats", "buffers"
 COLLECTIONS = "_torchlift_collections"  # in a module's __dict__: {buffer name: collection}, for those the user chose
-AT = "_torchlift_at"  # in the __dict__ of a module bound in a body: (index of its root, its dotted path in there)
+# In the __dict__ of a module bound in a body: the index of its root and its dotted path in there; then both for the
+# outermost body, if one is nested in another, and that root itself, a real module.
+AT = "_torchlift_at"
 ATTRIBUTE = "attribute"  # the store, and the collection, of a tensor that is kept in a plain attribute
 
 
@@ -270,7 +272,7 @@ class Capture:
 
     def _locate(self, module: nn.Module) -> tuple[int, str] | None:
         if AT in module.__dict__:
-            return module.__dict__[AT]
+            return module.__dict__[AT][:2]
         for path, candidate in self.stack[0].named_modules() if self.stack else ():
             if candidate is module:
                 return 0, path

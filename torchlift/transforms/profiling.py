@@ -22,9 +22,9 @@ class _Open(threading.local):
 
     def __init__(self) -> None:
         self.modules: tuple[tuple[nn.Module, str], ...] = ()  # and the name of each
-        # Of modules bound in the body of a transform: name, path in there. Constants: a rematerialised region that
-        # Dynamo traces may set nothing else, and has to put it back.
-        self.bound: tuple[tuple[str, str], ...] = ()
+        # Of modules bound in the body of a transform: number and name of their root. Constants: a rematerialised
+        # region that Dynamo traces may set nothing else, and has to put it back.
+        self.bound: tuple[tuple[int, str], ...] = ()
         self.hooked: tuple[Any, ...] = ()  # what the hooks below opened
 
 
@@ -66,32 +66,41 @@ _keep = _compat.kept_in_order(torch.ops.torchlift.enter_span.default, torch.ops.
 class _Entered:
     """Notes that the span of a module is open."""
 
-    def __init__(self, module: nn.Module, spans: _Open):
-        self.spans, self.before = spans, (spans.modules, spans.bound)
-        self.name = _name(module, spans)
-        if AT in module.__dict__:
-            spans.bound = (*spans.bound, (self.name, module.__dict__[AT][1]))
-        else:
-            spans.modules = (*spans.modules, (module, self.name))
+    def __init__(self, module: nn.Module, opened: _Open):
+        self.opened, self.modules, self.bound = opened, opened.modules, opened.bound
+        self.is_bound = AT in module.__dict__
+        if not self.is_bound:
+            self.name = _name(module, opened.modules)
+            opened.modules = (*opened.modules, (module, self.name))
+            return
+        _, _, number, path, root = module.__dict__[AT]
+        name = _root_name(number, root, opened)
+        self.name = _joined(name, path)
+        opened.bound = (*opened.bound, (number, name))
 
     def leave(self) -> None:
-        self.spans.modules, self.spans.bound = self.before
+        if self.is_bound:
+            self.opened.bound = self.bound
+        else:  # not both: see above
+            self.opened.modules = self.modules
 
 
-def _name(module: nn.Module, spans: _Open) -> str:
-    if AT in module.__dict__:
-        path = module.__dict__[AT][1]
-        if spans.bound:
-            root, at = spans.bound[-1]
-            root = root[: -len(at) - 1] if at else root
-        else:
-            root = spans.modules[-1][1] if spans.modules else type(module).__name__
-        return f"{root}.{path}" if path else root
-    for outer, root in reversed(spans.modules):
+def _joined(name: str, path: str) -> str:
+    return f"{name}.{path}" if path else name
+
+
+def _name(module: nn.Module, around: tuple[tuple[nn.Module, str], ...]) -> str:
+    """What a module that is bound in no body is called, with these around it."""
+    for outer, name in reversed(around):
         for path, candidate in outer.named_modules():
             if candidate is module:
-                return f"{root}.{path}" if path else root
+                return _joined(name, path)
     return type(module).__name__
+
+
+def _root_name(number: int, root: nn.Module, opened: _Open) -> str:
+    """What a root of the outermost body is called: as where something of it was named before."""
+    return next((name for at, name in reversed(opened.bound) if at == number), None) or _name(root, opened.modules)
 
 
 def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[..., Any]:
