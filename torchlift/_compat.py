@@ -210,7 +210,7 @@ def joint_graph(fn: Callable[..., Any], fakes: list[torch.Tensor], train: bool, 
 
     decompositions = select_decomp_table() if inductor else {}
     # Backward runs outside of the autocast region, as eager's does.
-    with config.patch(backward_pass_autocast="off"):
+    with config.patch(backward_pass_autocast="off"), torch.fx.traceback.preserve_node_meta():
         graph: Any = aot_export_joint_simple(fn, tuple(fakes), trace_joint=train, decompositions=decompositions)
     return graph
 
@@ -259,10 +259,14 @@ class Inductor:
         self.stack.close()
 
     def forward(
-        self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool
+        self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool, last: Any
     ) -> tuple[Callable[[list[Any]], Any], list[Any] | None]:
-        """The compiled graph, called with a list that it empties, and its outputs' strides where they are known."""
+        """The compiled graph, called with a list that it empties, and its outputs' strides where they are known.
+
+        ``last``, if given, puts the kernels in another order; it has its ``content``, to be cached by.
+        """
         from torch._guards import TracingContext
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
@@ -270,8 +274,11 @@ class Inductor:
             graph = joint_graph_passes(graph)
         output = next(iter(reversed(graph.graph.nodes)))
         output.meta["user_visible_output_idxs"] = list(range(visible))
+        # To save memory Inductor would order them once more.
+        order = {} if last is None else {**_passes(last), "reorder_for_peak_memory": False}
         with TracingContext.report_output_strides() as strides, torch.no_grad(), torch._C._DisableAutocast():
-            compiled = compile_fx_inner(graph, inputs, is_inference=not train)
+            with config.patch(order):
+                compiled = compile_fx_inner(graph, inputs, is_inference=not train)
         return _boxed(compiled), strides
 
     def backward(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
@@ -282,6 +289,17 @@ class Inductor:
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
         with torch.no_grad(), torch._C._DisableAutocast():
             return _boxed(compile_fx_inner(graph, inputs, is_backward=True))
+
+
+def _passes(last: Any) -> dict[str, Any]:
+    """The options that have Inductor call ``last``; that of torch before 2.13 has no way to tell one from another."""
+    from torch._inductor import custom_graph_pass
+
+    base = getattr(custom_graph_pass, "CustomSchedulerPass", None)
+    if base is None:
+        return {"_post_fusion_custom_pass": last, "fx_graph_cache": False}
+    members = {"__call__": lambda self, kernels: last(kernels), "uuid": lambda self: last.content}
+    return {"_post_fusion_custom_pass": type("Pass", (base,), members)()}
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
@@ -683,6 +701,7 @@ def kept_in_order(*ops: Any) -> Callable[[], bool]:
 
         for op in ops:
             effects._register_effectful_op(op, effects._EffectType.ORDERED)
+            torch.fx.node.has_side_effect(op)
         return True
 
     keep._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it

@@ -89,7 +89,7 @@ def held(modules: Iterable[nn.Module]) -> set[int]:
     reader = _Reader()
     for inner in dict.fromkeys(inner for module in modules for inner in module.modules()):
         for key, value in inner.__dict__.items():
-            if key not in INTERNALS and key != AT:
+            if key not in INTERNALS:
                 with contextlib.suppress(UnsupportedError):  # it is not compiled either
                     reader.read(value)
     return set(reader.known)

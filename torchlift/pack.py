@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import context, entered
-from torchlift.collecting import Collected, derived_attributes, same_role
+from torchlift.collecting import Collected, RootPlace, derived_attributes, same_role
 from torchlift.containers import Held, held_in, tensors_in
 from torchlift.errors import (
     AliasError,
@@ -172,12 +172,13 @@ class Packed(Collected):
     # Pure ------------------------------------------------------------------------------------------------------------
 
     def pure(
-        self, tensors: Sequence[Tensor], leaves: Sequence[Any], attributes: Mapping[tuple[int, str], Any] | None = None
-    ) -> tuple[Any, Update]:
+        self, tensors: Sequence[Tensor], leaves: Sequence[Any], attributes: Mapping[tuple[int, str], Any] | None = None,
+        places: Sequence[RootPlace] | None = None,
+    ) -> tuple[Any, Update]:  # fmt: skip
         """The call as a function of a tensor for each entry and a value for each leaf of its arguments.
 
         Without side effects, but for draws from random generators. ``attributes`` are plain attributes, by node and
-        name, that differ from the modules' own.
+        name, that differ from the modules' own; ``places`` are those of the roots, for profiler traces.
         """
         # NOTE [Buffers]. Buffers are bound as clones: in-place writes would reach the caller's storage through vmap and
         # grad. A parameter is bound as it is: twice the memory of a model is too much for a write that is an error in
@@ -190,7 +191,7 @@ class Packed(Collected):
                     # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
                     bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
         versions = {index: _compat.version(bound[index]) for index in self.buffers}
-        shadows = self.shadows(bound, self.hidden, self.inside, self.places(outermost=False))
+        shadows = self.shadows(bound, self.hidden, self.inside, places or self.places(outermost=False))
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torchlift.engine.loop import Body
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.roster import Enrolled
 from torchlift.engine.run import Report, record, run
+from torchlift.engine.spans import iteration
 from torchlift.engine.trees import Parts, split
 from torchlift.enrolling import enrolment, sees, sees_attributes
 from torchlift.errors import (
@@ -30,10 +30,11 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
-from torchlift.pack import Meta, Packed, Update
+from torchlift.pack import Packed, Update
 from torchlift.stacking import listed
-from torchlift.transforms.compiling import constant, fleshed, register, results, skeleton, token
+from torchlift.transforms.compiling import Static, constant, fleshed, register, skeleton, static_of, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
+from torchlift.transforms.profiling import names_of, traced_names, traced_names_within
 from torchlift.transforms.remat import remat
 from torchlift.unread import ReadError, Scanned
 from torchlift.variables import Variable
@@ -76,10 +77,14 @@ class ScanLayers(nn.ModuleList):
         some = ScanLayers((), **{**self.settings(), "lengths": None, "remat": self.remat or self.lengths is not None})
         return some.extend(list(self)[index])  # which agree already: models slice their layers in each forward
 
+    def kind(self) -> str:
+        """What its layers are."""
+        return type(self[0]).__name__ if len(self) else ""
+
     @property
     def label(self) -> str:
         """How errors name it."""
-        return f"scan_layers({type(self[0]).__name__ if len(self) else ''})"
+        return f"scan_layers({self.kind()})"
 
     def check(self) -> None:
         """Refuses layers that differ in more than their tensors' values and ``scanned_attributes``."""
@@ -131,13 +136,14 @@ class ScanLayers(nn.ModuleList):
         carry = _tree.flatten(x)[0]
         consts = [constant(leaf) for leaf in _tree.flatten((args, kwargs))[0]]
         carry, ys = opaque_run(
-            key, consts, carry, Enrolled(read[1:]), len(self), compile=self.compile_options, **self.options()
-        )
+            key, consts, carry, Enrolled(read[1:]), len(self), compile=self.compile_options,
+            names=traced_names_within(self), **self.options(),
+        )  # fmt: skip
         if not ys:
             return None
         _compat.require_unwritten(self)
         extras, _, _, static = ys[0]
-        return (_tree.unflatten([*carry, *extras], _static(static).out),)
+        return (_tree.unflatten([*carry, *extras], static_of(static).out),)
 
     def _enrol(self, x: Any, args: Any, kwargs: Any) -> str:
         """As :func:`_register`, for layers that the graph does not hold."""
@@ -254,8 +260,9 @@ class _Call:
                     return self.plain()
                 xs = self.xs()
                 carry, found = opaque_run(
-                    key, consts, self.carry, xs, len(xs), compile=layers.compile_options, **options
-                )
+                    key, consts, self.carry, xs, len(xs), compile=layers.compile_options,
+                    names=traced_names(*[packed.roots for packed in self.packed]), **options,
+                )  # fmt: skip
             else:
                 compile, key = layers.compile_options, layers.label
                 self.check_hidden()
@@ -268,10 +275,11 @@ class _Call:
                 xs = self.xs(written.known)
                 xs = xs if compile is False else self.parts(xs)
                 carry, found = run(
-                    Body(self.body, key, layers.label), consts, self.carry, xs, len(xs), compile=compile, **options
-                )
+                    Body(self.body, key, layers.label, self.names), consts, self.carry, xs, len(xs),
+                    compile=compile, **options,
+                )  # fmt: skip
                 self.scanned.require_unread()
-                written.note(change.entry for y in found for change in _static(y[3]).meta.changes)
+                written.note(change.entry for y in found for change in static_of(y[3]).meta.changes)
                 written.require_apart(self.shared)
         except (CarryError, ReadError, UnsupportedError) as error:
             if states is not None:  # what the first layers drew is drawn again
@@ -282,7 +290,7 @@ class _Call:
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             record(Report(layers.label, "plain", str(error)))
             return self.plain()
-        ys: list[Any] = [(*y[:3], _static(y[3])) for y in found]
+        ys: list[Any] = [(*y[:3], static_of(y[3])) for y in found]
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
@@ -292,6 +300,10 @@ class _Call:
         """Decides which of the scanned attributes are given to the layers."""
         self.scanned = Scanned(self.packed, self.layers.scanned_attributes, all_given)
         self.attributes = self.scanned.given
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """What the roots of the call of a layer are called in traces."""
+        return names_of(self.packed[index].roots)
 
     def xs(self, written: frozenset[int] | None = None) -> list[Any]:
         """The tensors and the scanned attributes of each layer.
@@ -339,14 +351,16 @@ class _Call:
         first = self.packed[0]
         tensors, values = x
         own = {**self.scanned.unread, **dict(zip(self.attributes, values, strict=True))}
-        out, update = first.pure(tensors, [*carry, *consts], own)
+        at = iteration()
+        places = first.places(outermost=True) if at is None else self.packed[at].places(outermost=False)
+        out, update = first.pure(tensors, [*carry, *consts], own, places)
         leaves, spec = _tree.flatten(out)  # of a tuple, those of its first element come first
         count = len(self.carry)
         if _tree.flatten(out[0] if isinstance(out, tuple) and out else out)[1] != self.carry_spec:
             raise CarryError(f"{self.layers.label}: a layer returned another structure than it was given")
         sown, sown_spec = _tree.flatten(update.sown)
         changed = update.changed if first.nested else [value.detach() for value in update.changed]
-        return leaves[:count], (leaves[count:], changed, sown, token(_Static(spec, sown_spec, update.meta)))
+        return leaves[:count], (leaves[count:], changed, sown, token(Static(spec, sown_spec, update.meta)))
 
     def stateless_body(self, consts: Any, carry: Any, x: Any) -> Any:
         """The same, of layers that change nothing: there is no one to publish it."""
@@ -387,19 +401,6 @@ def _register(settings: dict[str, Any], wrote: bool, x: Any, args: Any, kwargs: 
         warn(f"{label} runs layer by layer: {error}", TorchliftCompileWarning)
         return ""
     return register(key, modules, lambda *modules: Body(make(*modules).body, key, label), policy)
-
-
-@dataclass(frozen=True)
-class _Static:
-    """What is static about what a layer returns."""
-
-    out: _tree.Spec
-    sown: _tree.Spec
-    meta: Meta
-
-
-def _static(found: Any) -> _Static:
-    return results[found] if isinstance(found, str) else found
 
 
 @_compat.outside_of_graphs

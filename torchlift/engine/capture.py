@@ -22,6 +22,7 @@ from torchlift.engine.loop import Body, check_carry
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
 from torchlift.engine.remat import inline_remat
+from torchlift.engine.spans import Recorder, at_step
 from torchlift.engine.trees import Template, Tree, split
 
 
@@ -79,6 +80,7 @@ class Graphs:
     )  # per input: its gradient may share memory with another value
     recomputed: int = 0
     grads: list[bool] = field(default_factory=list)  # per input: whether it gets a gradient
+    marks: list[tuple[str, int] | None] = field(default_factory=list)  # of the spans in the forward; see ``Recorder``
 
 
 def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list[Tree]]]:
@@ -90,7 +92,8 @@ def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list
         carry = signature.carry.fill(tensors[at : at + signature.carry.tensors])
         at += signature.carry.tensors
         ys = []
-        for x in signature.xs:
+        for step, x in enumerate(signature.xs):
+            at_step(step)
             old = carry
             expected, spec = pytree.tree_flatten(carry)
             carry, y = body.fn(consts, carry, x.fill(tensors[at : at + x.tensors]))
@@ -229,8 +232,11 @@ def trace(
     """
     carry_likes = fakes[carry_at : carry_at + seen.carries]
 
+    spans = Recorder()
+
     def flat(*inputs: torch.Tensor) -> list[torch.Tensor]:
-        carry, ys = fn(*(t.clone() if mutated else t for t, mutated in zip(inputs, seen.mutated)))
+        with spans.recording():
+            carry, ys = fn(*(t.clone() if mutated else t for t, mutated in zip(inputs, seen.mutated)))
         outputs = split(carry)[0] + [t for y in ys for t in split(y)[0]]
         laid = [like_strided(out, like) for out, like in zip(outputs, carry_likes)] + outputs[len(carry_likes) :]
         return [out.clone() if aliased or out._is_view() else out for out, aliased in zip(laid, seen.aliased)]
@@ -238,12 +244,13 @@ def trace(
     regions = _Regions()
     with _quiet(), inline_remat(regions.enter), torch.set_grad_enabled(train):
         joint = _compat.joint_graph(flat, fakes, train, inductor)
+    spans.tell(joint)
     _require_no_lost_gradient(joint)
     count = len(seen.outputs)
     if join and len(seen.ys) > 1 and not seen.random:  # draws stay in their order, which a sorted graph may not keep
         join_products(joint, count)
     if not train:
-        return Graphs(joint, None, list(fakes), [], count)
+        return Graphs(joint, None, list(fakes), [], count, marks=spans.marks)
     _tag(joint, policy, regions.policies)
     hide_undrawn(joint)
     holders = [node for node in joint.graph.nodes if node.op == "placeholder"]
@@ -251,7 +258,9 @@ def trace(
     fw, bw = _compat.partition(joint, vals, count, inductor)
     for graph in (fw, bw):
         show_undrawn(graph)
-    return _wire(fw, bw, names[: len(fakes)], names[len(fakes) :], count, seen.requires_grad)
+    graphs = _wire(fw, bw, names[: len(fakes)], names[len(fakes) :], count, seen.requires_grad)
+    graphs.marks = spans.marks
+    return graphs
 
 
 def like_strided(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

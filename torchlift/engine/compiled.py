@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from torchlift import _compat
-from torchlift.engine import capture
+from torchlift.engine import capture, spans
 from torchlift.engine.capture import CaptureError, Signature, stride_order
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.loop import Body
@@ -44,7 +44,7 @@ class Request:
     policy: Callable[..., Any] | None
 
     def common(self) -> tuple[Hashable, ...]:
-        key = (self.body.key, self.signature, self.train, self.backend, self.policy, environment())
+        key = (self.body.key, self.signature, self.train, self.backend, self.policy, environment(self.body.key))
         try:
             hash(key)
         except TypeError as error:
@@ -96,8 +96,8 @@ def clear_cache() -> None:
         _constants.clear()
 
 
-def environment() -> tuple[Hashable, ...]:
-    """What a capture depends on besides the body and its inputs."""
+def environment(key: Hashable) -> tuple[Hashable, ...]:
+    """What a capture depends on besides the body, of that ``key``, and its inputs."""
     autocast = tuple(
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     )
@@ -111,6 +111,7 @@ def environment() -> tuple[Hashable, ...]:
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
+        spans.wanted_by(key),
     )
 
 
@@ -139,14 +140,13 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
             if closures is not None:
                 return found.program, closures
         try:
-            variant, closures = _make(request, common)
+            variant, closures = _make(request)
         except Exception as error:
             if isinstance(error, TorchliftError) and not isinstance(error, CaptureError):
                 raise  # a carry that changes, and the like: what the plain loop would say
             reason = reason_of(error)
             _remember(exact, reason)
             raise CaptureError(reason) from error
-        _remember(exact, variant)
         return variant.program, closures
 
 
@@ -213,7 +213,8 @@ def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
     b = a + request.signature.carry.tensors
     while True:
         mode = _compat.new_fake_mode(symbolic=False)
-        seen = capture.probe(fn, _fakes(request, mode, _static(request)), mode, request.train)
+        with spans.noting(request.body.key):
+            seen = capture.probe(fn, _fakes(request, mode, _static(request)), mode, request.train)
         if any(seen.mutated[:a]) or any(seen.mutated[b:]):
             # A graph writes into copies. What a loop in Python changes so, a parameter say, stays changed.
             raise CaptureError(
@@ -226,14 +227,17 @@ def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
         request = replace(request, flags=tuple(flags))
 
 
-def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[Variant, list[torch.Tensor]]:
+def _make(request: Request) -> tuple[Variant, list[torch.Tensor]]:
     """A program from the family of ``request``, symbolic where sizes differ from those seen before."""
     _count_constants(request)
+    asked = request
     request, closures = settle(request)
+    common = request.common()  # only now it is known whether the body has optional spans
     exact, key = request.exact(common), request.family(common)
     likes = [_closure_key(t, request) for t in closures]
     known = _exact.get(exact)
     if isinstance(known, Variant) and known.closure_likes == likes:
+        _remember(asked.exact(common), known)
         return known, closures
     family = _families.setdefault(key, _Family())
     _families.move_to_end(key)
@@ -256,6 +260,7 @@ def _make(request: Request, common: tuple[Hashable, ...]) -> tuple[Variant, list
         family.variants.append(variant)
         del family.variants[:-PROGRAMS], family.sizes[:-PROGRAMS]
     _remember(exact, variant)
+    _remember(asked.exact(common), variant)
     return variant, closures
 
 
@@ -342,6 +347,7 @@ def capture_program(
         shapes=kept,
         grads=graphs.grads,
         saved_orders=saved_orders,
+        marks=graphs.marks,
     )
     guards = _compat.guards_of(mode, fakes) if symbolic else None
     likes = [_closure_key(t, request) for t in closures]

@@ -12,6 +12,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.capture import Graphs, stride_order
 from torchlift.engine.gemm import use_onednn
+from torchlift.engine.spans import Placed, place
 from torchlift.errors import OptionError
 
 Boxed = Callable[[list[Any]], Any]  # takes a list, which it empties
@@ -74,6 +75,8 @@ def compile_graphs(
 
     With ``dense`` backward takes saved values that were copied: without gaps, their dimensions in the order they had.
     """
+    if graphs.marks:
+        place(graphs.fw, graphs.marks, ahead=inductor is not None)
     if inductor is None:
         build = _runner(backend.name)
         with torch.no_grad():
@@ -84,7 +87,8 @@ def compile_graphs(
     for graph in (graphs.fw, graphs.bw):
         if graph is not None:
             use_onednn(graph)
-    fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None)
+    last = Placed(graphs.fw.graph) if graphs.marks else None
+    fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None, last)
     if graphs.bw is None:
         return fw, None
     if strides is not None:

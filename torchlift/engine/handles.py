@@ -113,10 +113,12 @@ def prepare(
         row is not None,
     )  # fmt: skip
     metas = (*(_meta(t, train) for t in tensors), *((*meta[:4], train and meta[4], meta[5]) for meta in kinds))
-    known = (spec, metas, compiled.environment())
+    known = (spec, metas, compiled.environment(body.key))
     found = _prepared.get(known)
     if found is None:
-        found = _prepared[known] = _in_own_thread(lambda: _make(body, spec, metas))
+        found = _in_own_thread(lambda: _make(body, spec, metas))
+        # Asked again: only now it is known whether the body has optional spans.
+        _prepared[spec, metas, compiled.environment(body.key)] = found
     if isinstance(found, str):
         raise CaptureError(found)
     # In the symbols of the graph around this one.
@@ -216,7 +218,8 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
         shared_draws=settings["shared_draws"], pieces=pieces, devices=devices, plain=_no_double_backward, joined=True,
     )  # fmt: skip
     assert program.shapes is not None
-    text = repr((spec, metas, compiled.environment(), torch.__version__, body.key, program.feeds, program.grads))
+    around = (compiled.environment(body.key), torch.__version__)
+    text = repr((spec, metas, around, body.key, program.feeds, program.grads, program.marks))
     name = hashlib.sha256((text + program.shapes.code).encode()).hexdigest()
     sizes = [state.numel() for _, state in read_states(devices)] if plan.random and pieces else []
     handle = Handle(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from torchlift import _compat
 from torchlift._compat import pytree
 from torchlift.engine.draws import devices_of, read_states, write_states
+from torchlift.engine.spans import at_iteration
 from torchlift.errors import CarryError, IterationError, OptionError
 
 Tree = Any
@@ -27,12 +28,14 @@ class Body:
 
     ``fn(consts, carry, x) -> (carry, y)`` takes and returns pytrees and is pure, but for draws from torch's default
     generators. ``key`` is a content key: two bodies with equal keys, given inputs of equal signature, compute the
-    same thing. ``name`` is for messages.
+    same thing. ``name`` is for messages. ``names(index)`` tells what the modules that an iteration works on are called
+    in profiler traces.
     """
 
     fn: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     key: Hashable
     name: str
+    names: Callable[[int], Sequence[str]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,14 @@ def plain_run(
     tensors = [leaf for leaf in pytree.tree_leaves((consts, carry, slices[0])) if isinstance(leaf, torch.Tensor)]
     start = read_states(devices_of(tensors)) if shared_draws else None
     fn = _checked(body, carry)
+    order = list(range(length))[:: -1 if reverse else 1]
 
     def piece(consts: Tree, carry: Tree, part: tuple[Tree, ...], first: int) -> tuple[Tree, tuple[Tree, ...]]:
         outs = []
         for offset, x in enumerate(part):
             if start is not None and first + offset > 0:
                 write_states(start)
+            at_iteration(order[first + offset])
             carry, y = fn(consts, carry, x)
             outs.append(y)
         return carry, tuple(outs)
@@ -111,7 +116,6 @@ def plain_run(
             outs.extend(some)
         return carry, tuple(outs)
 
-    order = list(range(length))[:: -1 if reverse else 1]
     sizes = (every,) if lengths is None else (*lengths, 1)
     carry, outs = nest(sizes, consts, carry, tuple(slices[i] for i in order), 0)
     for i, y in zip(order, outs):

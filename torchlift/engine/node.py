@@ -11,6 +11,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.draws import States, read_states, write_states
 from torchlift.engine.plan import Plan, Program
+from torchlift.engine.spans import Names, located
 
 Tensors = list[torch.Tensor]
 
@@ -27,8 +28,8 @@ class _Mark:
 class _Execution:
     """The tensors of one run, and the walk over its chunks."""
 
-    def __init__(self, plan: Plan, tensors: Sequence[torch.Tensor]) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, tensors: Sequence[torch.Tensor], names: Names | None) -> None:
+        self.plan, self.names = plan, names
         a = plan.consts
         b = a + plan.closures
         c = b + plan.carries
@@ -58,7 +59,8 @@ class _Execution:
         for chunk in range(lo, hi):
             if self.start is not None and chunk > 0:
                 write_states(self.start)
-            outs = list(plan.chunks[chunk][0].fw(self.inputs(chunk, carry)))
+            program, positions = plan.chunks[chunk]
+            outs = list(_forward(program, self.inputs(chunk, carry), self.names, plan.order, positions))
             given, carry = carry, outs[: plan.carries]
             yield chunk, given, outs
             outs.clear()
@@ -67,6 +69,15 @@ class _Execution:
         for _, _, outs in self.forward(lo, hi, carry):
             carry = outs[: self.plan.carries]
         return carry
+
+
+def _forward(
+    program: Program, inputs: Tensors, names: Names | None, order: Sequence[int], positions: Sequence[int]
+) -> Sequence[Any]:
+    if not program.marks:
+        return program.fw(inputs)
+    with located(names, [order[p] for p in positions]):
+        return program.fw(inputs)
 
 
 class Residuals:
@@ -240,10 +251,10 @@ def _zeros(model: _Model) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def run_single(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Sequence[Any]]:
+def run_single(plan: Plan, tensors: Sequence[torch.Tensor], names: Names | None) -> tuple[Tensors, Sequence[Any]]:
     """The outputs of a plan of one graph, and what the graph saves."""
     program = plan.chunks[0][0]
-    outs = program.fw([tensors[i] for i in plan.places])
+    outs = _forward(program, [tensors[i] for i in plan.places], names, plan.order, plan.chunks[0][1])
     return list(outs[: program.outputs]), outs[program.outputs :]
 
 
@@ -274,9 +285,11 @@ def single_backward(
     return found
 
 
-def run_forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Residuals, list[_Model]]:
+def run_forward(
+    plan: Plan, tensors: Sequence[torch.Tensor], names: Names | None
+) -> tuple[Tensors, Residuals, list[_Model]]:
     """The loop's outputs (carry, then ys), what backward needs, and models of the first chunk's outputs (for zeros)."""
-    run = _Execution(plan, tensors)
+    run = _Execution(plan, tensors, names)
     if plan.shared_draws:
         run.start = run.states()
     train = plan.chunks[0][0].bw is not None
@@ -319,9 +332,10 @@ def run_backward(
     models: list[_Model],
     grads: Sequence[torch.Tensor | None],
     keep: bool,
+    names: Names | None,
 ) -> list[torch.Tensor | None]:
     """Gradients of ``tensors``; ``keep`` leaves ``kept`` whole for another time."""
-    run = _Execution(plan, tensors)
+    run = _Execution(plan, tensors, names)
     into = _Gradients(run, grads, models)
     size = plan.pieces[0] if plan.pieces else 0
     before = run.states() if size else None
@@ -369,18 +383,18 @@ class Loop(torch.autograd.Function):
     """A loop, or one iteration of it, as an autograd node."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, names: Names | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.start = read_states(plan.devices) if plan.random else None
-        ctx.plan, ctx.kept = plan, None
+        ctx.plan, ctx.names, ctx.kept = plan, names, None
         if plan.single:
             # Torch keeps it, and checks that nobody writes into it.
-            outs, saved = run_single(plan, tensors)
+            outs, saved = run_single(plan, tensors, names)
             ctx.ints = [(i, v) for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)]
             ctx.save_for_backward(*tensors, *(v for v in saved if isinstance(v, torch.Tensor)))
             ctx.models = _models(outs)
         else:
-            outs, ctx.kept, ctx.models = run_forward(plan, tensors)
+            outs, ctx.kept, ctx.models = run_forward(plan, tensors, names)
             ctx.save_for_backward(*tensors)
         ctx.inputs = len(tensors)
         ctx.mark_non_differentiable(*(outs[i] for i in plan.not_differentiable))
@@ -388,11 +402,11 @@ class Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        plan, needed = ctx.plan, ctx.needs_input_grad[1:]
+        plan, needed = ctx.plan, ctx.needs_input_grad[2:]
         saved = list(ctx.saved_tensors)
         tensors = saved[: ctx.inputs]
         if torch.is_grad_enabled():
-            return None, *_differentiable_backward(plan, tensors, ctx.start, needed, grads)
+            return None, None, *_differentiable_backward(plan, tensors, ctx.start, needed, grads)
         if plan.single:
             values = saved[ctx.inputs :]
             saved.clear()
@@ -401,8 +415,9 @@ class Loop(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
             found = single_backward(plan, tensors, values, ctx.models, grads)
         else:
-            found = run_backward(plan, tensors, ctx.kept, ctx.models, grads, _compat.backward_keeps_graph())
-        return None, *(g if wanted else None for g, wanted in zip(found, needed))
+            keep = _compat.backward_keeps_graph()
+            found = run_backward(plan, tensors, ctx.kept, ctx.models, grads, keep, ctx.names)
+        return None, None, *(g if wanted else None for g, wanted in zip(found, needed))
 
 
 def _differentiable_backward(

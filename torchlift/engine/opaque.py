@@ -74,10 +74,12 @@ def opaque_run(
     every: int = 1,
     compile: bool | dict[str, Any] = True,
     refused: str | None = None,
+    names: Sequence[str] = (),
 ) -> tuple[Tree, Any]:
     """:func:`torchlift.engine.run.run` for code that Dynamo traces; ``key`` is that of :func:`register_body`.
 
-    ``refused``, if given, is the message of the error that a body raises if it draws.
+    ``refused``, if given, is the message of the error that a body raises if it draws. ``names`` are the names of the
+    roots, apart by spaces, for each iteration or once for all: what a graph holds of the names of a body.
 
     Trees are of dicts, lists, tuples and named tuples. Of a policy given as ``remat`` only that it is there counts;
     the one that was registered with the body is used.
@@ -97,7 +99,9 @@ def opaque_run(
         ("every", every),
     )
     # As they are: Dynamo is slow at taking trees of a thousand parameters apart.
-    outs = _in_graph(key, site, length, stacked, enrolled, options, _backend(compile), refused, consts, carry, tree)
+    outs = _in_graph(
+        key, site, length, stacked, enrolled, options, _backend(compile), refused, tuple(names), consts, carry, tree
+    )
     structure = _y_structure(site)
     if structure is None:
         return None, []
@@ -119,7 +123,7 @@ def _backend(compile: bool | dict[str, Any]) -> Any:
 @_compat.allow_in_graph
 def _in_graph(
     key: str, site: int, length: int, stacked: bool, enrolled: bool, options: Options, backend: Any,
-    refused: str | None, consts: Tree, carry: Tree, xs: Tree,
+    refused: str | None, names: tuple[str, ...], consts: Tree, carry: Tree, xs: Tree,
 ) -> list[torch.Tensor]:  # fmt: skip
     factory, policy, row = _bodies[key]
     body = factory()
@@ -159,10 +163,11 @@ def _in_graph(
     if refused is not None and handle.program.random:
         raise RandomnessError(refused)
     tensors = laid_out(handle, [*tensors, *xs] if enrolled else tensors)
+    called = list(names) if handle.program.marks else []
     if handle.spec.train:
-        outs = list(OpaqueLoop.apply(handle, site, *tensors))
+        outs = list(OpaqueLoop.apply(handle, site, called, *tensors))
     else:
-        outs = list(forward(handle, site, tensors))
+        outs = list(forward(handle, site, called, tensors))
     y = handle.program.ys[0]
     at = handle.spec.carry.tensors
     carry = handle.spec.carry.fill(outs[:at])

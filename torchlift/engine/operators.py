@@ -15,18 +15,21 @@ from torchlift.engine.handles import Handle, graph_inputs, handle_named, inverse
 from torchlift.engine.node import Residuals, run_backward, run_forward
 from torchlift.engine.plan import Program
 from torchlift.engine.roster import roster_of
+from torchlift.engine.spans import Names
 
 
 class OpaqueLoop(torch.autograd.Function):
     """A loop as one node of an outer graph."""
 
     @staticmethod
-    def forward(ctx: Any, handle: Handle, site: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = forward(handle, site, list(tensors))
+    def forward(
+        ctx: Any, handle: Handle, site: int, names: list[str], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        found = forward(handle, site, names, list(tensors))
         program = handle.program
         count = program.carries + program.ys[0].tensors
         outs = found[:count]
-        ctx.handle, ctx.site, ctx.count = handle, site, len(tensors)
+        ctx.handle, ctx.site, ctx.names, ctx.count = handle, site, names, len(tensors)
         ctx.save_for_backward(*tensors, *found[count:])
         flags = program.requires_grad[:count]
         ctx.mark_non_differentiable(*(out for out, flag in zip(outs, flags) if not flag))
@@ -40,17 +43,17 @@ class OpaqueLoop(torch.autograd.Function):
         given = [g for g, flag in zip(grads, ctx.flags) if flag]
         ops = torch.ops.torchlift
         backward = ops.loop_backward if ctx.handle.row is None else ops.roster_backward
-        found = iter(backward(tensors, kept, given, ctx.handle.name, ctx.site))
+        found = iter(backward(tensors, kept, given, ctx.handle.name, ctx.site, ctx.names))
         c, h, width = ctx.handle.spec.counts
         parts = [next(found) if has else None for has in _has_grad(ctx.handle)]
         if ctx.handle.spec.stacked:
-            return None, None, *parts
+            return None, None, None, *parts
         if ctx.handle.row is not None:
             standins = [part for part, meta in zip(parts[c + h :], ctx.handle.row) if meta[4]]
-            return None, None, *parts[: c + h], None, *standins
+            return None, None, None, *parts[: c + h], None, *standins
         length = ctx.handle.spec.length
         columns = [[None] * length if stack is None else stack.unbind(0) for stack in parts[c + h :]]
-        return None, None, *parts[: c + h], *(column[i] for i in range(length) for column in columns)
+        return None, None, None, *parts[: c + h], *(column[i] for i in range(length) for column in columns)
 
 
 def _has_grad(handle: Handle) -> list[bool]:
@@ -69,6 +72,11 @@ def laid_out(handle: Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return fitted + tensors[end:]
 
 
+def _names(names: list[str]) -> Names | None:
+    """What the roots are called: a string of names for each iteration, or one for all of them."""
+    return (lambda index: names[index % len(names)].split()) if names else None
+
+
 def _with_rows(handle: Handle, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
     """Inputs as the graphs expect them, those of a roster among them, and its version."""
     found = laid_out(handle, tensors)
@@ -79,10 +87,12 @@ def _with_rows(handle: Handle, tensors: list[torch.Tensor]) -> tuple[list[torch.
     return found[:end] + roster.tensors, roster.version
 
 
-def _forward(on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
+def _forward(
+    on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int, names: list[str]
+) -> list[torch.Tensor]:
     handle = handle_named(name)
     inputs, version = _with_rows(handle, tensors)
-    outs, kept, _ = run_forward(handle.plan, inputs)
+    outs, kept, _ = run_forward(handle.plan, inputs, _names(names))
     if not handle.spec.train:
         return outs
     versions = [] if handle.row is None else [torch.tensor(version)]
@@ -140,8 +150,9 @@ def _int_flags(program: Program) -> list[bool]:
 
 
 def _backward(
-    tensors: list[torch.Tensor], kept: list[torch.Tensor], grads: list[torch.Tensor], name: str, site: int
-) -> list[torch.Tensor]:
+    tensors: list[torch.Tensor], kept: list[torch.Tensor], grads: list[torch.Tensor], name: str, site: int,
+    names: list[str],
+) -> list[torch.Tensor]:  # fmt: skip
     handle = handle_named(name)
     plan, program = handle.plan, handle.program
     inputs, version = _with_rows(handle, tensors)
@@ -155,7 +166,7 @@ def _backward(
     flags = program.requires_grad[: program.carries + program.ys[0].tensors]
     parts = iter(grads)
     given = [next(parts) if flag else None for flag in flags]
-    found = run_backward(plan, inputs, _unstacked_residuals(handle, kept), [], given, keep=False)
+    found = run_backward(plan, inputs, _unstacked_residuals(handle, kept), [], given, False, _names(names))
     used = {t.untyped_storage().data_ptr() for t in (*inputs, *kept, *grads)}
     outs = []
     for t, grad, has in zip(inputs, found, _has_grad(handle)):
@@ -181,7 +192,9 @@ class _Shapes(torch.fx.Interpreter):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-def _fake_forward(on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int) -> list[torch.Tensor]:
+def _fake_forward(
+    on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int, names: list[str]
+) -> list[torch.Tensor]:
     handle = handle_named(name)
     plan, program, spec = handle.plan, handle.program, handle.spec
     assert program.shapes is not None
@@ -214,7 +227,12 @@ def _fake_forward(on: torch.Tensor | None, tensors: list[torch.Tensor], name: st
 
 
 def _fake_backward(
-    tensors: list[torch.Tensor], kept: list[torch.Tensor], grads: list[torch.Tensor], name: str, site: int
+    tensors: list[torch.Tensor],
+    kept: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    name: str,
+    site: int,
+    names: list[str],
 ) -> list[torch.Tensor]:
     handle = handle_named(name)
     c, h, _ = handle.spec.counts
@@ -228,16 +246,17 @@ def _fake_backward(
 
 
 _library = torch.library.Library("torchlift", "FRAGMENT")
+_WHICH = "str handle, int site, str[] names"
 # A replay of a CUDA graph would not look at a roster again.
 for _name, _tags in (("loop", ()), ("roster", (torch.Tag.cudagraph_unsafe,))):
     # It may draw, and who recomputes it must know. Which generator's state is kept then is told by the first argument
     # that is a tensor, and not a list of them.
     _library.define(
-        f"{_name}_forward(Tensor? on, Tensor[] tensors, str handle, int site) -> Tensor[]",
+        f"{_name}_forward(Tensor? on, Tensor[] tensors, {_WHICH}) -> Tensor[]",
         tags=(*_tags, torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
     )
     _library.define(
-        f"{_name}_backward(Tensor[] tensors, Tensor[] kept, Tensor[] grads, str handle, int site) -> Tensor[]",
+        f"{_name}_backward(Tensor[] tensors, Tensor[] kept, Tensor[] grads, {_WHICH}) -> Tensor[]",
         tags=(*_tags, torch.Tag.pt2_compliant_tag),
     )
     _library.impl(f"{_name}_forward", _forward, "CompositeExplicitAutograd")
@@ -246,9 +265,9 @@ for _name, _tags in (("loop", ()), ("roster", (torch.Tag.cudagraph_unsafe,))):
     torch.library.register_fake(f"torchlift::{_name}_backward", _fake_backward, lib=_library)
 
 
-def forward(handle: Handle, site: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def forward(handle: Handle, site: int, names: list[str], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """What the loop returns, then, if it trains, what backward needs."""
     # On the device where it draws, if it does.
     on = next((t for t in tensors if t.device.type != "cpu"), tensors[0] if tensors else None)
     ops = torch.ops.torchlift
-    return (ops.loop_forward if handle.row is None else ops.roster_forward)(on, tensors, handle.name, site)
+    return (ops.loop_forward if handle.row is None else ops.roster_forward)(on, tensors, handle.name, site, names)

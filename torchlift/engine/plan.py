@@ -36,6 +36,7 @@ class Program:
     shapes: torch.fx.GraphModule | None = None  # the forward, to infer shapes with
     grads: list[bool] = field(default_factory=list)  # per input: whether backward gives it a gradient
     saved_orders: dict[int, list[int]] = field(default_factory=dict)  # per saved tensor: its dimensions in memory
+    marks: list[tuple[str, int] | None] = field(default_factory=list)  # of its spans
 
     def __post_init__(self) -> None:
         self.outputs = self.carries + sum(y.tensors for y in self.ys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torchlift.engine.node import Loop, run_forward, run_single
 from torchlift.engine.offload import carries_on_host
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
+from torchlift.engine.spans import Names
 from torchlift.engine.trees import Template, split, whole
 from torchlift.errors import TorchliftCompileWarning
 
@@ -253,6 +255,11 @@ class _Job:
             )
         )
 
+    @functools.cached_property
+    def names(self) -> Names | None:
+        """What modules are called; as it was at first where an iteration is recomputed, with nothing around it."""
+        return None if self.body.names is None else functools.cache(self.body.names)
+
     @property
     def carry_flags(self) -> list[bool]:
         return [t.requires_grad for t in self.carry]
@@ -298,12 +305,12 @@ def _plan(
     )  # fmt: skip
 
 
-def _call(plan: Plan, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _call(plan: Plan, names: Names | None, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Runs a plan, as an autograd node if there is anything to differentiate."""
     if plan.chunks[0][0].bw is None:
         with torch.no_grad():
-            return run_single(plan, tensors)[0] if plan.single else run_forward(plan, tensors)[0]
-    return Loop.apply(plan, *tensors)
+            return (run_single if plan.single else run_forward)(plan, tensors, names)[0]
+    return Loop.apply(plan, names, *tensors)
 
 
 def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, length: int) -> tuple[Tree, Xs]:
@@ -321,7 +328,7 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
             at += unroll
     chunks += [(single, range(i, i + 1)) for i in range(at, length)]
     plan = _plan(job, chunks, order, closures, [template] * length, True, _pieces(job.options))
-    outs = _call(plan, [*job.consts, *closures, *job.carry, *leaves])
+    outs = _call(plan, job.names, [*job.consts, *closures, *job.carry, *leaves])
     _report(job, chunks[0][0], int(single.bw is not None))
     carries = len(job.carry)
     return job.carry_template.fill(list(outs[:carries])), Stacked(single.ys[0].fill(list(outs[carries:])))
@@ -333,6 +340,11 @@ def _unroll(job: _Job, program: Program, length: int) -> int:
     if o.lengths is not None or o.every > 1 or (o.shared_draws and program.random):
         return 1
     return unroll_of(o.unroll, length, job.consts)
+
+
+def _names_from(names: Names | None, indices: Sequence[int]) -> Names | None:
+    """``names`` for a node that runs the iterations ``indices``, which it numbers from 0 on."""
+    return None if names is None else lambda at: names(indices[at])
 
 
 def _pieces(o: _Options) -> tuple[int, ...]:
@@ -371,7 +383,8 @@ def _run_list(job: _Job, xs: list[_Split], length: int) -> tuple[Tree, Xs]:
         if start is not None and at > 0:
             write_states(start)
         tensors = [t for x, _ in flat[at : at + plan.length] for t in x]
-        outs = _call(plan, [*job.consts, *closures, *carry, *tensors])
+        names = _names_from(job.names, order[at : at + plan.length]) if plan.chunks[0][0].marks else None
+        outs = _call(plan, names, [*job.consts, *closures, *carry, *tensors])
         carry = list(outs[: len(carry)])
         cursor = len(carry)
         for position, y in zip(range(at, at + plan.length), templates):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torchlift import _compat, _tree
 from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import register_body
+from torchlift.pack import Meta
 from torchlift.variables import Variable
 
 # NOTE [Tokens]. In a captured graph, and as a constant that Dynamo takes, a string stands for what is static about the
@@ -29,6 +31,20 @@ def token(static: Any) -> Any:
     name = repr(static)
     results[name] = static
     return name
+
+
+def static_of(found: Any) -> Any:
+    """What a :func:`token` stands for."""
+    return results[found] if isinstance(found, str) else found
+
+
+@dataclass(frozen=True)
+class Static:
+    """What is static about what a layer returns."""
+
+    out: _tree.Spec
+    sown: _tree.Spec
+    meta: Meta
 
 
 def constant(leaf: Any) -> Any:

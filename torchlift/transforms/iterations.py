@@ -16,6 +16,7 @@ from torchlift._context import entered
 from torchlift.engine import loop
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import run
+from torchlift.engine.spans import iteration
 from torchlift.errors import (
     ArgumentError,
     AxisError,
@@ -28,8 +29,9 @@ from torchlift.errors import (
 )
 from torchlift.groups import Groups, Role
 from torchlift.pack import Change, Meta, Packed, Update
-from torchlift.transforms.compiling import constant, results, token
+from torchlift.transforms.compiling import constant, static_of, token
 from torchlift.transforms.options import check_axes
+from torchlift.transforms.profiling import names_of
 from torchlift.variables import ATTRIBUTE
 
 
@@ -110,7 +112,8 @@ class Iterations:
         if self.transform is not None:
             tensors = self._transformed(tensors)
         with self._streams(x[2]):
-            out, update = self.packed.pure(tensors, leaves, self.attributes)
+            roots = self.packed.places(outermost=iteration() is None)
+            out, update = self.packed.pure(tensors, leaves, self.attributes, roots)
         new_carry, ys = self._checked(out, carry[1])
         return self._sorted(tensors, update, new_carry, ys)
 
@@ -234,8 +237,9 @@ class Iterations:
             if known:
                 refused = dict(packed.refused).get(rng.DROPOUT)
                 (state, leaves), ys = opaque_run(
-                    known, consts, carry, xs, length, compile=compile, refused=refused, **options
-                )
+                    known, consts, carry, xs, length, compile=compile, refused=refused,
+                    names=[" ".join(self.names())], **options
+                )  # fmt: skip
             else:
                 body = loop.Body(self.body, self.label, self.label)
                 (state, leaves), ys = loop.plain_run(body, consts, carry, xs, length, **_plain_options(options))
@@ -247,7 +251,7 @@ class Iterations:
                 compile = False
                 warn_plain(self.label, error)
             drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) else None
-            body = loop.Body(self.body, key, self.label)
+            body = loop.Body(self.body, key, self.label, self.names)
             states = rng.default_states()
             try:
                 (state, leaves), ys = run(body, consts, carry, xs, length, compile=compile, **options)
@@ -262,9 +266,13 @@ class Iterations:
                 raise RandomnessError(dict(packed.refused)[rng.DROPOUT])
         assert isinstance(ys, loop.Stacked)
         y_leaves, changed, sown, static = ys.tree
-        static = results[static] if isinstance(static, str) else static
+        static = static_of(static)
         self._publish(state, changed, sown, static)
         return _tree.unflatten(leaves, self.carry_spec), (y_leaves, static)
+
+    def names(self, index: int = 0) -> tuple[str, ...]:
+        """What the roots are called in traces: the same in each iteration."""
+        return names_of(self.packed.roots)
 
     def _to_front(self, value: Any, axis: int, levels: int) -> Any:
         if not isinstance(value, Tensor):
