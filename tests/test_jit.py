@@ -112,6 +112,19 @@ def test_one_compilation_for_each_static_argument(backend, how, by_name):
     assert backend.compiled == 5
 
 
+@pytest.mark.parametrize("static", [{}, {"static_argnums": 2}, {"static_argnames": "power"}])
+def test_arguments_by_position_and_by_name_are_compiled_once(backend, static):
+    def fn(m, x, power=2, *, scale=1.0):
+        return m(x) ** power * scale
+
+    run = torchlift.jit(fn, backend=backend, **static)
+    m, x = nn.Linear(4, 4), torch.randn(5, 4)
+    for out in (run(m, x, 3), run(m, x, power=3), run(m, x=x, power=3), run(m, power=3, x=x)):
+        torch.testing.assert_close(out, m(x) ** 3)
+    assert backend.compiled == 1
+    torch.testing.assert_close(run(m, x, scale=2.0), 2 * m(x) ** 2)
+
+
 def test_static_arguments_are_any_hashable_values():
     def fn(m, activation, x, *rest, sizes):
         return activation(m(x)).view(*sizes) + len(rest)

@@ -76,6 +76,8 @@ class _Jit(Transform):
             if plain and (_compat.is_compiling() or AT in module.__dict__):
                 return fn(module, *args, **kwargs)  # state belongs to the transform around
             return self._inline(fn, module, args, kwargs, label, inside)
+        spelled = args, kwargs
+        args, kwargs = _bound(fn, module, args, kwargs)
         static = _places(fn, self.static_argnums, self.static_argnames, f"{label}: static")
         donate = _places(fn, self.donate_argnums, self.donate_argnames, f"{label}: donate")
         run = self._compiled(fn, static.of(args, kwargs), label)
@@ -86,7 +88,7 @@ class _Jit(Transform):
         for leaf in leaves:
             if isinstance(leaf, Donated):
                 raise leaf.error()
-        giving = donate.of(args, kwargs)
+        giving = donate.of(*spelled)
         tensors = [*_tensors(roots), *leaves] if giving or self.device is not None else []
         donated = self._donated(giving, tensors, label)
         self._check_device(tensors, label)
@@ -315,6 +317,20 @@ def _places(fn: Callable[..., Any], positions: tuple[int, ...], names: tuple[str
         frozenset(numbers | {by_name[name] for name in names if name in by_name}),
         frozenset({*names, *(by_position[at] for at in numbers if at in by_position)}),
     )
+
+
+_signature = functools.lru_cache(maxsize=1024)(functools.partial(inspect.signature, follow_wrapped=False))
+
+
+def _bound(fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Arguments by position where they can be, so that what is called the one way and the other is compiled once."""
+    if not kwargs:
+        return args, kwargs
+    try:
+        bound = _signature(fn).bind(module, *args, **kwargs)
+    except TypeError:  # arguments that do not fit are refused where the body is called
+        return args, kwargs
+    return bound.args[1:], bound.kwargs
 
 
 def _tensors(roots: Sequence[nn.Module]) -> list[Tensor]:
