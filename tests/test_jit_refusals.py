@@ -186,3 +186,11 @@ def test_a_device_that_fits():
 def test_no_instances():
     with pytest.raises(torchlift.TransformTargetError, match=r"jit: got an instance of Linear"):
         torchlift.jit(nn.Linear(2, 2))
+
+
+def test_a_stack_that_waits_for_its_size():
+    waiting = torchlift.jit(torchlift.vmap(nn.Linear, {"params": 0}), backend="aot_eager")(4, 4)
+    with pytest.raises(
+        torchlift.UnsupportedError, match=r"'weight' is not initialised yet.*vmap\(\.\.\., axis_size=\)"
+    ):
+        waiting(torch.ones(3, 2, 4))

@@ -150,7 +150,8 @@ class Collected:
             if type(tensor) in _compat.UninitializedTensor:
                 raise UnsupportedError(
                     f"{self.label}: {node.dotted(key)!r} is not initialised yet; call the lazy module once before "
-                    "lifting it"
+                    "lifting it, or, if it waits for the size of a stack, give that where it is made: "
+                    "vmap(..., axis_size=), scan(..., length=)"
                 )
             self._entry_of[identity] = index = len(self.entries)
             self.entries.append(Entry(node.root, store, self._place(node, key, collection)))
