@@ -157,6 +157,25 @@ def test_state_comes_out_detached_and_in_its_own_storage():
     assert block.norm.num_batches_tracked == 3
 
 
+def test_a_body_may_set_a_buffer_and_a_name_and_sow():
+    class Sets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count += 1
+            self.mode = "ran"
+            torchlift.sow(self, "intermediates", "double", 2 * x)
+            return x + self.count
+
+    module = torchlift.jit(Sets, backend="aot_eager")()
+    for count in (1, 2):
+        with torchlift.capture("intermediates") as store:
+            assert module(torch.zeros(1)) == count == module.count
+        assert module.mode == "ran" and len(store["intermediates"]["double"]) == 1
+
+
 def test_nothing_is_published_when_the_body_raises():
     class Fails(Block):
         def forward(self, x):

@@ -188,7 +188,9 @@ def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[...,
         args = [static.get(at, arg) for at, arg in enumerate(args, 1)]
         kwargs = {**kwargs, **{name: value for name, value in static.items() if isinstance(name, str)}}
         frame = _Frame(roots, context.captures)
-        aliases = [] if AT in module.__dict__ else _aliased_scalars(roots)
+        # Before the body: of a module that was changed Dynamo lists no modules.
+        owners = [] if AT in module.__dict__ else [owner for root in roots for owner in root.modules()]
+        aliases = _aliased_scalars(owners)
         with entered(captures=(frame,) if captures else ()):
             out = fn(module, *args, **kwargs)
         if any(isinstance(leaf, (nn.Module, Variable)) for leaf in _tree.flatten(out)[0]):
@@ -196,21 +198,19 @@ def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[...,
         for owner, key, given, alias in aliases:
             if owner._buffers.get(key) is alias:
                 owner._buffers[key] = given
-        if AT not in module.__dict__:
-            for root in roots:
-                for owner in root.modules():
-                    for key, tensor in owner._buffers.items():
-                        if tensor is not None and tensor.requires_grad:
-                            owner._buffers[key] = tensor.detach()
+        for owner in owners:
+            for key, tensor in owner._buffers.items():
+                if tensor is not None and tensor.requires_grad:
+                    owner._buffers[key] = tensor.detach()
         return out, frame.values
 
     return jit
 
 
-def _aliased_scalars(roots: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+def _aliased_scalars(owners: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
     """Puts aliases in the place of the buffers that torch.compile would lose writes into."""
     found = []
-    for owner in [module for root in roots for module in root.modules()]:
+    for owner in owners:
         for key, tensor in owner._buffers.items():
             if tensor is not None and (alias := _compat.writable(tensor)) is not tensor:
                 found.append((owner, key, tensor, alias))
@@ -224,16 +224,18 @@ class _Frame(Capture):
 
     def __init__(self, roots: Sequence[nn.Module], captures: Sequence[Capture]):
         super().__init__(True)
-        self.roots, self.filters = roots, [capture.filter for capture in captures]
+        self.filters = [capture.filter for capture in captures]
+        self.places = [
+            (at, *place) for at, root in enumerate(roots if captures else ()) for place in root.named_modules()
+        ]
         self.values: list[tuple[int, str, str, str, Any]] = []
 
     def add(self, module: nn.Module, collection: str, name: str, value: Any, path: str = "") -> None:
         if any(matches(filter, collection) for filter in self.filters):
-            for at, root in enumerate(self.roots):
-                for found, candidate in root.named_modules():
-                    if candidate is module:
-                        self.values.append((at, found, collection, name, value))
-                        return
+            for at, found, candidate in self.places:
+                if candidate is module:
+                    self.values.append((at, found, collection, name, value))
+                    return
 
 
 class _Guard:
