@@ -153,8 +153,10 @@ def test_a_module_is_no_result():
     with pytest.raises(torchlift.TransformedMethodReturnValueError, match=r"jit\(.*step.*\): returned a Module"):
         torchlift.jit(step, backend="aot_eager")(module, torch.ones(2))
     assert module.count == 0
-    with pytest.raises(torchlift.TransformedMethodReturnValueError, match="returned a module or a Variable"):
+    match = r"jit\(.*step.*\): returned a module or a Variable, expected tensors.*return its tensors"
+    with pytest.raises(torchlift.TransformedMethodReturnValueError, match=match):
         torchlift.jit(step, backend="aot_eager", fullgraph=False)(module, torch.ones(2))
+    assert module.count == 0
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,86 @@ def test_a_device_that_fits():
 def test_no_instances():
     with pytest.raises(torchlift.TransformTargetError, match=r"jit: got an instance of Linear"):
         torchlift.jit(nn.Linear(2, 2))
+
+
+# What a body leaves behind ---------------------------------------------------------------------------------------------
+
+
+class Leaves(nn.Module):
+    """Counts a call, then does something to itself."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(1))
+        self.history, self.named, self.steps = [], {"kept": None}, 0
+        self.act = act
+
+    def forward(self, x):
+        y = self.linear(x)
+        self.count += 1
+        self.act(self, y)
+        return y
+
+
+LEFT = {
+    "attribute": (lambda m, y: setattr(m, "last", y), "assigned 'last' in the body, a tensor in a plain attribute"),
+    "in a tuple": (lambda m, y: setattr(m, "last", (1, y)), "assigned 'last' in the body, a tensor in a plain attr"),
+    "of a part": (lambda m, y: setattr(m.linear, "last", y), "assigned 'linear.last' in the body, a tensor in a pl"),
+    "list": (lambda m, y: m.history.append(y), "put a tensor into 'history' in the body, a tensor in a plain list"),
+    "dict": (lambda m, y: m.named.update(kept=y), "put a tensor into 'named' in the body, a tensor in a plain dict"),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("how", LEFT)
+def test_a_tensor_left_in_a_plain_attribute_is_refused_and_nothing_is_changed(how, fullgraph):
+    act, match = LEFT[how]
+    module = torchlift.jit(Leaves, backend="aot_eager", fullgraph=fullgraph)(act)
+    for _ in range(2):  # in the call that compiles, and in one that would find a graph
+        with pytest.raises(torchlift.PlainAttributeError, match=rf"jit\(Leaves.*{match}.*torchlift.variable\(self"):
+            module(torch.ones(2, 4))
+        assert module.count == 0 and module.history == [] and module.named == {"kept": None} and module.steps == 0
+        assert not hasattr(module, "last") and not hasattr(module.linear, "last")
+
+
+def test_what_is_no_news_may_be_set():
+    module = nn.LSTM(4, 4)  # keeps its weights in a list, too
+    jitted = torchlift.jit(lambda m, x: m(x)[0], backend="aot_eager", fullgraph=False)
+    torch.testing.assert_close(jitted(module, torch.ones(2, 4)), module(torch.ones(2, 4))[0])
+    module = torchlift.jit(Leaves, backend="aot_eager")(lambda m, y: m.history.append("called"))
+    module(torch.ones(2, 4))
+    assert module.history == ["called"] and module.count == 1
+
+
+def test_a_number_that_changes_is_kept_and_reported_once():
+    def act(module, y):
+        module.steps += 1
+
+    module = torchlift.jit(Leaves, backend="aot_eager")(act)
+    match = (
+        r"jit\(Leaves.*\): assigned 'steps' in the body: 0 -> 1, a constant for what is compiled, .*torchlift.variable"
+    )
+    with pytest.warns(torchlift.TorchliftWarning, match=match) as found:
+        for _ in range(3):
+            module(torch.ones(2, 4))
+    assert module.steps == 3 and module.count == 3
+    assert len([warning for warning in found if "'steps'" in str(warning.message)]) == 1
+
+
+def test_python_between_graphs_that_raises_leaves_the_module_as_it_was():
+    def fails(module, y):
+        module.steps, module.named["new"] = 1, "text"
+        torch._dynamo.graph_break()
+        module.register_buffer("late", torch.ones(1))
+        raise KeyError("no")
+
+    module = torchlift.jit(Leaves, backend="aot_eager", fullgraph=False)(fails)
+    count = module.count
+    with pytest.raises(KeyError, match="no"):
+        module(torch.ones(2, 4))
+    assert module.count is count and count == 0 and module.steps == 0
+    assert module.named == {"kept": None} and "late" not in module.state_dict()
 
 
 def test_a_stack_that_waits_for_its_size():

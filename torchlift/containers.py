@@ -11,11 +11,11 @@ import itertools
 import operator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlift import _tree
-from torchlift.collecting import CONTAINERS
-from torchlift.nodes import LONG
+from torchlift.collecting import CONTAINERS, derived_attributes
+from torchlift.nodes import INTERNALS, LONG
 from torchlift.references import elements
 
 
@@ -51,6 +51,20 @@ class Held:
             container.update(values)
         else:
             container.extend(values)
+
+
+def changed_attributes(module: nn.Module, fields: dict[str, Any], old: dict[str, Any]) -> list[tuple[str, Any, bool]]:
+    """The plain attributes that a body changed: their values, and whether one holds a tensor that was in none."""
+    if len(fields) == len(old) and all(map(operator.is_, fields.values(), old.values())):
+        return []
+    derived = derived_attributes(module)
+    bound = [leaf for value in old.values() for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
+    found = []
+    for key, value in fields.items():
+        if key not in derived and key not in INTERNALS and value is not old.get(key, fields):
+            tensors = [leaf for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
+            found.append((key, value, any(all(tensor is not known for known in bound) for tensor in tensors)))
+    return found
 
 
 def _values(container: Any) -> list[Any]:

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import context, entered
-from torchlift.collecting import Collected, RootPlace, derived_attributes, same_role
-from torchlift.containers import Held, held_in, tensors_in
+from torchlift.collecting import Collected, RootPlace, same_role
+from torchlift.containers import Held, changed_attributes, held_in, tensors_in
 from torchlift.errors import (
     AliasError,
     ModifyCollectionError,
@@ -35,7 +34,7 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.filters import matches
-from torchlift.nodes import INTERNALS, SCALARS, STORES, Node, contents, same
+from torchlift.nodes import SCALARS, STORES, Node, contents, same
 from torchlift.variables import (
     AT,
     ATTRIBUTE,
@@ -320,17 +319,10 @@ class Packed(Collected):
 
     def _check_attributes(self, node: Node, fields: dict[str, Any], old: dict[str, Any]) -> None:
         """NOTE [Plain attributes]. A tensor left on a module would be a dead tracer there, a changed number is lost."""
-        if len(fields) == len(old) and all(map(operator.is_, fields.values(), old.values())):
-            return
-        derived = derived_attributes(node.module)
-        bound = [leaf for value in old.values() for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
-        for key, value in fields.items():
-            if key in derived or key in INTERNALS or value is old.get(key, fields):
-                continue
+        for key, value, with_tensor in changed_attributes(node.module, fields, old):
             where = f"{self.label}: assigned {node.dotted(key)!r} in the body"
-            tensors = [leaf for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
-            if any(all(tensor is not known for known in bound) for tensor in tensors):
-                raise PlainAttributeError(f"{where}, {_outlives('attribute', key)}")
+            if with_tensor:
+                raise PlainAttributeError(f"{where}, {outlives('attribute', key)}")
             if type(value) in SCALARS and value != old.get(key, fields) and not _compat.is_compiling():
                 warn(
                     f"{where}: {old.get(key)!r} -> {value!r}, which is not kept: a body may run once, more often or "
@@ -357,7 +349,7 @@ class Packed(Collected):
                     if error is None:
                         raise PlainAttributeError(
                             f"{self.label}: put a tensor into {node.dotted(key)!r} in the body, "
-                            + _outlives(type(container.container).__name__, key)
+                            + outlives(type(container.container).__name__, key)
                         )
 
     # Publish ---------------------------------------------------------------------------------------------------------
@@ -422,7 +414,8 @@ class Packed(Collected):
             tensors[change.key] = value
 
 
-def _outlives(kind: str, key: str) -> str:
+def outlives(kind: str, key: str) -> str:
+    """Why no tensor may be left in a plain attribute, or list or dict there, and what to do instead."""
     return (
         f"a tensor in a plain {kind}, which would outlive the transform; declare it with "
         f"torchlift.variable(self, 'state', {key!r}, init_fn) and set its .value, or hand it out with sow"

@@ -17,8 +17,7 @@ from torchlift.collecting import Collected
 from torchlift.errors import (
     ArgumentError,
     DonatedTensorError,
-    ModifyCollectionError,
-    RandomnessError,
+    PlainAttributeError,
     TransformedMethodReturnValueError,
     UnsupportedError,
 )
@@ -26,7 +25,8 @@ from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
 from torchlift.transforms.donation import Donated, give_up
-from torchlift.variables import AT, Capture, Site, Variable, collection_of, own_tensors, sow_at
+from torchlift.transforms.jit_state import Watch, traced
+from torchlift.variables import AT, Capture, Site, Variable, own_tensors, sow_at
 
 
 class _Places(NamedTuple):
@@ -80,7 +80,7 @@ class _Jit(Transform):
         args, kwargs = _bound(fn, module, args, kwargs)
         static = _places(fn, self.static_argnums, self.static_argnames, f"{label}: static")
         donate = _places(fn, self.donate_argnums, self.donate_argnames, f"{label}: donate")
-        run = self._compiled(fn, static.of(args, kwargs), label)
+        key, run = self._compiled(fn, static.of(args, kwargs), label)
         left = [None if at in static.positions else arg for at, arg in enumerate(args, 1)]
         given = {name: value for name, value in kwargs.items() if name not in static.names}
         collected = Collected(module, args, kwargs, label)
@@ -92,9 +92,12 @@ class _Jit(Transform):
         tensors = [*_tensors(roots), *leaves] if giving or self.device is not None else []
         donated = self._donated(giving, tensors, label)
         self._check_device(tensors, label)
-        guard = _Guard(self, roots, label) if not (self.variables is True and self.rngs is True) else None
+        watch = Watch(collected, label, self.variables, self.rngs, self.fullgraph)
         try:
-            out, sown = run(roots, left, given, bool(context.captures))
+            with watch:
+                out, sown = run(roots, left, given, bool(context.captures))
+        except TransformedMethodReturnValueError as error:
+            raise TransformedMethodReturnValueError(f"{label}: {error}") from error
         except _compat.capture_errors() as error:
             # A refusal inside is one of compiled code: the plain body would do its work.
             refused = UnsupportedError.__name__ in str(error.__cause__)
@@ -104,8 +107,11 @@ class _Jit(Transform):
                 f"{label}: the body cannot be captured as one graph; rewrite what is named below, or pass "
                 f"fullgraph=False to let Python run between graphs. {error} {error.__cause__ or ''}".rstrip()
             ) from error
-        if guard is not None:
-            guard.check()
+        try:
+            watch.check()
+        except PlainAttributeError:
+            self.compiled.pop(key, None)  # which would not be traced, nor looked at, at the next call
+            raise
         for at, path, collection, name, value in sown:
             sow_at(roots[at].get_submodule(path), Site(at, path, collection, name), value)
         return give_up(donated, out, roots) if donated else out
@@ -124,8 +130,8 @@ class _Jit(Transform):
             packed.publish(update)
         return out
 
-    def _compiled(self, fn: Callable[..., Any], static: dict[int | str, Any], label: str) -> Callable[..., Any]:
-        """The compiled function for these static arguments, which are constants in it."""
+    def _compiled(self, fn: Callable[..., Any], static: dict[int | str, Any], label: str) -> tuple[Any, Any]:
+        """The compiled function for these static arguments, which are constants in it, and what it is kept under."""
         try:
             key = tuple((place, type(value), value) for place, value in static.items())
             if key not in self.compiled:
@@ -134,7 +140,7 @@ class _Jit(Transform):
                     fullgraph=self.fullgraph, dynamic=self.dynamic, backend=self.backend or "inductor",
                     mode=self.mode, options=self.options and dict(self.options),
                 )  # fmt: skip
-            return self.compiled[key]
+            return key, self.compiled[key]
         except TypeError as error:
             for place, value in static.items():
                 if not _is_hashable(value):
@@ -184,6 +190,7 @@ def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[...,
     """What is compiled: the call, with static arguments in their places; and what it sowed."""
 
     def jit(roots: list[nn.Module], args: list[Any], kwargs: dict[str, Any], captures: bool) -> tuple[Any, list[Any]]:
+        traced()
         module = roots[0]
         args = [static.get(at, arg) for at, arg in enumerate(args, 1)]
         kwargs = {**kwargs, **{name: value for name, value in static.items() if isinstance(name, str)}}
@@ -194,7 +201,10 @@ def _body(fn: Callable[..., Any], static: dict[int | str, Any]) -> Callable[...,
         with entered(captures=(frame,) if captures else ()):
             out = fn(module, *args, **kwargs)
         if any(isinstance(leaf, (nn.Module, Variable)) for leaf in _tree.flatten(out)[0]):
-            raise TransformedMethodReturnValueError("returned a module or a Variable")  # the plain call says it in full
+            raise TransformedMethodReturnValueError(
+                "returned a module or a Variable, expected tensors: it means nothing outside of the transform; return "
+                "its tensors, or what you compute with it"
+            )
         for owner, key, given, alias in aliases:
             if owner._buffers.get(key) is alias:
                 owner._buffers[key] = given
@@ -236,61 +246,6 @@ class _Frame(Capture):
                 if candidate is module:
                     self.values.append((at, found, collection, name, value))
                     return
-
-
-class _Guard:
-    """The state before a call that may not change all of it; put back if it did."""
-
-    def __init__(self, config: _Jit, roots: Sequence[nn.Module], label: str):
-        self.config, self.roots, self.label = config, roots, label
-        self.before = [
-            (
-                owner,
-                store,
-                key,
-                tensor,
-                _compat.version(tensor),
-                tensor.detach().clone() if store == "_buffers" else None,
-            )
-            for root in roots
-            for owner in root.modules()
-            for store, key, tensor in own_tensors(owner)
-        ]
-        self.draws = None if matches(config.rngs, rng.DROPOUT) else rng.default_states()
-
-    def check(self) -> None:
-        changed = [
-            ("changed", owner, store, key)
-            for owner, store, key, tensor, version, _ in self.before
-            if owner.__dict__[store].get(key) is not tensor or _compat.version(tensor) != version
-        ]
-        created = [("created", owner, store, key) for owner, store, key in self._created()]
-        for what, owner, store, key in [*changed, *created]:
-            collection = collection_of(owner, store, key)
-            if not matches(self.config.variables, collection):
-                self._restore()
-                raise ModifyCollectionError(
-                    f"{self.label}: {what} {key!r} of collection {collection!r}, which is read-only there; add "
-                    f"{collection!r} to variables="
-                )
-        if self.draws is not None and rng.drew(self.draws):
-            self._restore()
-            rng.write_states(self.draws)
-            raise RandomnessError(f"{self.label}: drew from the random stream 'dropout'; add 'dropout' to rngs=")
-
-    def _created(self) -> list[tuple[nn.Module, str, str]]:
-        known = {(owner, store, key) for owner, store, key, *_ in self.before}
-        now = [(owner, *place) for root in self.roots for owner in root.modules() for place in own_tensors(owner)]
-        return [(owner, store, key) for owner, store, key, _ in now if (owner, store, key) not in known]
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for owner, store, key in self._created():
-            del owner.__dict__[store][key]
-        for owner, store, key, tensor, version, value in self.before:
-            owner.__dict__[store][key] = tensor
-            if value is not None and _compat.version(tensor) != version:
-                tensor.copy_(value)
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
@@ -370,7 +325,9 @@ def jit(
     serves all instances of a class whose static fields agree; there is one more for each new static argument, one for
     the first other batch size. Their number has no limit, but for instances of one class, which torch holds to
     ``torch._dynamo.config.accumulated_recompile_limit`` different ones. A body that cannot be captured as one graph
-    raises, rather than run slowly. Inside of another transform, ``torch.compile`` among them, the body is part of that.
+    raises, rather than run slowly. A plain number is a constant: a body that reads one and changes it is compiled anew
+    in each call, which is said once. Inside of another transform, ``torch.compile`` among them, the body is part of
+    that.
 
     Args:
         target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as
@@ -400,6 +357,7 @@ def jit(
             on ``device``.
         DonatedTensorError: a donated tensor was used, or is donated where autograd may need it.
         ModifyCollectionError: the body changed a collection outside of ``variables``.
+        PlainAttributeError: the body left a tensor in a plain attribute, or in a list or dict there.
         RandomnessError: the body drew from a stream outside of ``rngs``.
         TransformTargetError: ``target`` is a module instance, or nothing that can be lifted.
         UnsupportedError: the body cannot be captured as one graph, with torch's reason.
