@@ -28,6 +28,7 @@ ROWS = [
     ["references.py"],
     ["collecting.py"],
     ["containers.py"],
+    ["changes.py"],
     ["pack.py"],
     ["fingerprint.py", "metadata.py", "applying.py", "copies.py"],
     ["alike.py", "enrolling.py", "stacking.py"],

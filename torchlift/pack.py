@@ -9,70 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import context, entered
-from torchlift.collecting import Collected, RootPlace, same_role
-from torchlift.containers import Held, changed_attributes, held_in, tensors_in
+from torchlift.changes import Change, Changeable, Meta, Update
+from torchlift.collecting import RootPlace, same_role
+from torchlift.containers import held_in
 from torchlift.errors import (
     AliasError,
-    ModifyCollectionError,
-    PlainAttributeError,
     PublishError,
     RandomnessError,
-    TorchliftWarning,
     TransformedMethodReturnValueError,
-    UnsupportedError,
-    warn,
 )
 from torchlift.filters import matches
-from torchlift.nodes import SCALARS, STORES, Node, contents, same
+from torchlift.nodes import STORES, contents, same
 from torchlift.variables import (
     AT,
-    ATTRIBUTE,
-    COLLECTIONS,
     Capture,
-    Site,
     Variable,
     assign_collection,
-    collection_of,
     sow_at,
 )
-
-
-class Change(NamedTuple):
-    """What a body did to one tensor: ``copy`` into it, ``rebind`` its name, or ``create`` it."""
-
-    how: str
-    node: int
-    store: str
-    key: str
-    entry: int  # -1 for a created one
-    collection: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Meta:
-    """What belongs to the tensors of an :class:`Update`; static, so it passes through any transform as a leaf does."""
-
-    changes: tuple[Change, ...]
-    sites: tuple[Site, ...]  # one for each sown value, in order
-
-
-class Update(NamedTuple):
-    """New state that a body produced: one tensor for each change, one value for each sown site."""
-
-    changed: list[Tensor]
-    sown: list[Any]
-    meta: Meta
 
 
 def _how_to_split(stream: str) -> str:
@@ -82,7 +44,7 @@ def _how_to_split(stream: str) -> str:
     )
 
 
-class Packed(Collected):
+class Packed(Changeable):
     """A call, collected, with what a transform says about it; then a pure function; then its state, published.
 
     ``label`` is for errors; ``inside`` is the lifted class whose methods run unlifted in the body.
@@ -98,7 +60,6 @@ class Packed(Collected):
         self.context = {"captures": context.captures, "axes": context.axes}
         self.refused: tuple[tuple[str, str], ...] = context.refused
         self.writable = [False] * len(self.entries)
-        self.hidden: frozenset[int] = frozenset()
 
     def beside(self, module: nn.Module) -> Packed:
         """The same call of another module, not bound where this one's is not; it may change the same collections."""
@@ -129,14 +90,6 @@ class Packed(Collected):
         roles = [known[entry.collection] for entry in self.entries]
         self.hidden = frozenset(i for i, r in enumerate(roles) if r.hidden)
         return roles
-
-    def allow(self, writable: Callable[[str], bool], how_to: Callable[[str], str]) -> None:
-        """Says which collections a body may change, and what to add where it may not."""
-        known = {entry.collection: False for entry in self.entries}
-        for collection in known:
-            known[collection] = collection != ATTRIBUTE and writable(collection)
-        self.writable = [known[entry.collection] for entry in self.entries]
-        self._writable_collection, self._how_to_write = writable, how_to
 
     def refuse(self, streams: Sequence[str], how_to: Callable[[str], str] = _how_to_split) -> None:
         """Says which random streams a body may not draw from, and what to add to be allowed."""
@@ -243,115 +196,6 @@ class Packed(Collected):
                     "nothing outside of the transform; return its tensors, or what you compute with it"
                 )
 
-    def _read_back(
-        self, at: int, fields: dict[str, Any], given: Sequence[Tensor], bound: list[Tensor], versions: dict[int, int],
-        changes: list[Change], values: list[Tensor],
-    ) -> None:  # fmt: skip
-        """Appends what the body did to the tensors of one module."""
-        node = self.nodes[at]
-        known = 0
-        for store, key, index in node.tensors:
-            if index in self.hidden:
-                continue
-            known += 1
-            now = fields[store].get(key)
-            if now is not bound[index]:
-                how = "rebind"
-            elif store == "_buffers" and self._was_written(node, key, index, given[index], bound, versions):
-                how = "copy"
-            else:
-                continue
-            self._check_writable(node, key, index, now)
-            if how == "rebind" or all(change.entry != index or change.how != "copy" for change in changes):
-                changes.append(Change(how, at, store, key, index, self.entries[index].collection))
-                values.append(now)
-        tensors = (*fields["_parameters"].values(), *fields["_buffers"].values())
-        if known == len([tensor for tensor in tensors if tensor is not None]):
-            return
-        places = {(store, key) for store, key, index in node.tensors if index not in self.hidden}
-        for store in STORES:
-            for key, tensor in fields[store].items():
-                if tensor is not None and (store, key) not in places:
-                    collection = fields.get(COLLECTIONS, {}).get(key) or collection_of(node.module, store, key)
-                    self._check_creatable(node, key, collection)
-                    changes.append(Change("create", at, store, key, -1, collection))
-                    values.append(tensor)
-
-    def _was_written(
-        self, node: Node, key: str, index: int, given: Tensor, bound: Sequence[Tensor], versions: dict[int, int]
-    ) -> bool:
-        now, owner = bound[index], node.module
-        cls: Any = type(owner)
-        if _compat.is_compiling():
-            batch_norm = self.writable[index] and owner.training and now.is_floating_point() and _calls_batch_norm(cls)
-            return batch_norm or _compat.was_written_in_trace(now)
-        if _compat.version(now) != versions[index]:
-            return True
-        if not (owner.training and now.is_floating_point() and _calls_batch_norm(cls)):
-            return False
-        # NOTE [Batch norm]. torch's batch_norm writes the running statistics without counting it in their version. The
-        # counter beside them tells, in torch's own layers; elsewhere the values do, or in a transform are taken to.
-        counters = [at for _, name, at in node.tensors if name == "num_batches_tracked"]
-        if counters and inspect.unwrap(type(owner).forward).__module__.startswith("torch.nn."):
-            return any(_compat.version(bound[at]) != versions[at] for at in counters)
-        unknown = _compat.is_tracing() or _compat.functorch_level(now) >= 0 or now.is_meta
-        return unknown or not torch.equal(now, given)
-
-    def _check_writable(self, node: Node, key: str, index: int, now: Any) -> None:
-        if not self.writable[index]:
-            raise ModifyCollectionError(self._read_only(node, key, index))
-        if now is None:
-            raise UnsupportedError(f"{self.label}: deleted {node.dotted(key)!r} in the body; delete it outside")
-
-    def _read_only(self, node: Node, key: str, index: int) -> str:
-        collection = self.entries[index].collection
-        return (
-            f"{self.label}: changed {node.dotted(key)!r} of collection {collection!r}, which is read-only there; "
-            f"{self._how_to_write(collection)}"
-        )
-
-    def _check_creatable(self, node: Node, key: str, collection: str) -> None:
-        if not self._writable_collection(collection):
-            raise ModifyCollectionError(
-                f"{self.label}: created {node.dotted(key)!r} in collection {collection!r}, which is read-only there; "
-                f"{self._how_to_write(collection)}"
-            )
-
-    def _check_attributes(self, node: Node, fields: dict[str, Any], old: dict[str, Any]) -> None:
-        """NOTE [Plain attributes]. A tensor left on a module would be a dead tracer there, a changed number is lost."""
-        for key, value, with_tensor in changed_attributes(node.module, fields, old):
-            where = f"{self.label}: assigned {node.dotted(key)!r} in the body"
-            if with_tensor:
-                raise PlainAttributeError(f"{where}, {outlives('attribute', key)}")
-            if type(value) in SCALARS and value != old.get(key, fields) and not _compat.is_compiling():
-                warn(
-                    f"{where}: {old.get(key)!r} -> {value!r}, which is not kept: a body may run once, more often or "
-                    f"never in a call; declare it with torchlift.variable(self, 'state', {key!r}, init_fn)",
-                    TorchliftWarning,
-                )
-
-    def _check_containers(
-        self, held: Sequence[tuple[int, str, Any, list[Held]]], shadows: Sequence[nn.Module],
-        error: BaseException | None = None,
-    ) -> None:  # fmt: skip
-        """As for attributes; takes out of plain lists and dicts what was put into them, after an ``error`` too."""
-        for at, key, value, containers in held:
-            node, fields = self.nodes[at], shadows[at].__dict__
-            # One with slots was made for this run. torch's recurrent layers keep their weights in a list besides, and
-            # put what takes their place into it, or make a new list, which counts as an attribute.
-            own = any(key == name for name, _ in node.attributes)
-            if own and fields.get(key) is not value:
-                continue
-            replaced = [*fields["_parameters"].values(), *fields["_buffers"].values()] if own else []
-            for container in containers:
-                if any(all(tensor is not known for known in replaced) for tensor in tensors_in(container.added())):
-                    container.restore()
-                    if error is None:
-                        raise PlainAttributeError(
-                            f"{self.label}: put a tensor into {node.dotted(key)!r} in the body, "
-                            + outlives(type(container.container).__name__, key)
-                        )
-
     # Publish ---------------------------------------------------------------------------------------------------------
 
     def wrote_shared(self, error: RuntimeError) -> bool:
@@ -414,14 +258,6 @@ class Packed(Collected):
             tensors[change.key] = value
 
 
-def outlives(kind: str, key: str) -> str:
-    """Why no tensor may be left in a plain attribute, or list or dict there, and what to do instead."""
-    return (
-        f"a tensor in a plain {kind}, which would outlive the transform; declare it with "
-        f"torchlift.variable(self, 'state', {key!r}, init_fn) and set its .value, or hand it out with sow"
-    )
-
-
 class _AnyOf:
     """The filter of a body's own capture: whatever one of the captures around it asks for."""
 
@@ -430,14 +266,3 @@ class _AnyOf:
 
     def __contains__(self, name: str) -> bool:
         return any(matches(capture.filter, name) for capture in self.captures)
-
-
-@torch.compiler.assume_constant_result  # Dynamo calls it, rather than trace it
-def _calls_batch_norm(cls: Any) -> bool:
-    return _names_batch_norm(cls)
-
-
-@functools.cache
-def _names_batch_norm(cls: Any) -> bool:
-    codes = [value.__code__ for base in cls.__mro__ for value in vars(base).values() if hasattr(value, "__code__")]
-    return any("batch_norm" in name for code in codes for name in code.co_names)

@@ -12,6 +12,7 @@ from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
 from torchlift.alike import attributes, difference
+from torchlift.changes import Update
 from torchlift.copies import Written
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.handles import Row
@@ -30,7 +31,7 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
-from torchlift.pack import Packed, Update
+from torchlift.pack import Packed
 from torchlift.stacking import listed
 from torchlift.transforms.compiling import Static, constant, fleshed, register, skeleton, static_of, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, axes
+from torchlift.changes import Update
 from torchlift.errors import DifferentiationError, UnsupportedError, VariableNameError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import as_tuple
-from torchlift.pack import Packed, Update
+from torchlift.pack import Packed
 from torchlift.transforms.calls import (
     Call,
     Form,

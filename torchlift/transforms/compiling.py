@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree
+from torchlift.changes import Meta
 from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import register_body
-from torchlift.pack import Meta
 from torchlift.variables import Variable
 
 # NOTE [Tokens]. In a captured graph, and as a constant that Dynamo takes, a string stands for what is static about the

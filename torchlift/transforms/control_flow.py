@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
+from torchlift.changes import Change, Meta, Update
 from torchlift.engine.draws import write_states
 from torchlift.engine.rows import Rows
 from torchlift.errors import BranchError
 from torchlift.filters import Filter, check, matches
-from torchlift.pack import Change, Meta, Packed, Update
+from torchlift.pack import Packed
 from torchlift.transforms.choosing import (
     Unseen,
     as_tensor,

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
+from torchlift.changes import Update
 from torchlift.engine.closures import find_closures
 from torchlift.errors import ClosureError, DifferentiationError, UnsupportedError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Transform, as_tuple, lift_function
-from torchlift.pack import Packed, Update
+from torchlift.pack import Packed
 from torchlift.transforms.calls import Call, Form, Rerun, check_function, describe, wanted_operands
 from torchlift.variables import ATTRIBUTE
 

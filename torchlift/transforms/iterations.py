@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree, fingerprint, metadata, rng, stacked_classes, stacking
 from torchlift._context import entered
+from torchlift.changes import Change, Meta, Update
 from torchlift.engine import loop
 from torchlift.engine.opaque import opaque_run
 from torchlift.engine.run import run
@@ -28,7 +29,7 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.groups import Groups, Role
-from torchlift.pack import Change, Meta, Packed, Update
+from torchlift.pack import Packed
 from torchlift.transforms.compiling import constant, static_of, token
 from torchlift.transforms.options import check_axes
 from torchlift.transforms.profiling import names_of

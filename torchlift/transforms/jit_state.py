@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, rng
+from torchlift.changes import outlives
 from torchlift.collecting import Collected
 from torchlift.containers import changed_attributes, held_in, tensors_in
 from torchlift.errors import ModifyCollectionError, PlainAttributeError, RandomnessError, TorchliftWarning, warn
 from torchlift.filters import Filter, matches
 from torchlift.nodes import SCALARS
-from torchlift.pack import outlives
 from torchlift.variables import collection_of, own_tensors
 
 _warned: set[tuple[str, str]] = set()

@@ -10,10 +10,11 @@ from torch import nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import context, entered
+from torchlift.changes import Meta, Update
 from torchlift.engine.remat import checkpointed, is_recomputing
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
-from torchlift.pack import Meta, Packed, Update
+from torchlift.pack import Packed
 from torchlift.transforms.options import check_policy
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, axes, metadata, rng, stacked_classes, stacking
+from torchlift.changes import Update
 from torchlift.engine.run import Report, record
 from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, TorchliftWarning, warn
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
-from torchlift.pack import Packed, Update
+from torchlift.pack import Packed
 from torchlift.transforms.options import check_axes, check_count, check_size
 
 

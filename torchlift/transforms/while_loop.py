@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import entered
+from torchlift.changes import Change, Meta, Update
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.draws import write_states
 from torchlift.engine.remat import checkpointed, is_recomputing
@@ -17,7 +18,7 @@ from torchlift.engine.rows import Rows
 from torchlift.errors import AxisError, CarryError, UnsupportedError
 from torchlift.filters import Filter, check
 from torchlift.groups import Groups
-from torchlift.pack import Change, Meta, Packed, Update
+from torchlift.pack import Packed
 from torchlift.transforms.choosing import (
     as_tensor,
     describe,
