@@ -13,7 +13,7 @@ from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
 from torchlift.nodes import HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
 from torchlift.references import Container, elements
-from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of
+from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of, outer_place
 
 INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
 _IDLE = "_torchlift_idle"  # an attribute of hooks that do nothing in a body
@@ -248,7 +248,7 @@ class Collected:
     def places(self, outermost: bool) -> list[RootPlace]:
         """Where each root lies in the outermost body; ``outermost`` takes this one for it."""
         return [
-            root.__dict__[AT][2:] if AT in root.__dict__ and not outermost else (number, "", root)
+            outer_place(root) if AT in root.__dict__ and not outermost else (number, "", root)
             for number, root in enumerate(self.roots)
         ]
 
@@ -266,27 +266,29 @@ class Collected:
         compiling = _compat.is_compiling()
         for node in self.nodes:
             shadow = object.__new__(type(node.module))
-            fields = shadow.__dict__
-            fields.update(node.module.__dict__)
+            if compiling:
+                fields = shadow.__dict__
+                fields.update(node.module.__dict__)
+            else:  # in half the time
+                fields = node.module.__dict__.copy()
+                object.__setattr__(shadow, "__dict__", fields)
             fields["_parameters"] = dict(fields["_parameters"])
             fields["_buffers"] = dict(fields["_buffers"])
+            fields[AT] = (node.root, node.path, places[node.root])
             for store, key, index in node.tensors:
                 if index in hidden:
                     del fields[store][key]
                 else:
                     fields[store][key] = bound[index]
-            number, path, root = places[node.root]
-            path = f"{path}.{node.path}" if path and node.path else path or node.path
-            fields[AT] = (node.root, node.path, number, path, root)
             if compiling and type(shadow).register_buffer is nn.Module.register_buffer:
                 fields["register_buffer"] = _Registrar(shadow)
             shadows.append(shadow)
-        for node, shadow in zip(self.nodes, shadows, strict=True):
+        for node, shadow in zip(self.nodes, shadows):
             if node.children:
-                modules = dict(shadow.__dict__["_modules"])
+                fields = shadow.__dict__
+                fields["_modules"] = modules = dict(fields["_modules"])
                 for key, child in node.children:
                     modules[key] = shadows[child]
-                shadow.__dict__["_modules"] = modules
             for key, template in node.attributes:
                 shadow.__dict__[key] = self.fill(template, shadows, bound, ())
         if inside is not None:

@@ -16,10 +16,16 @@ from torchlift.filters import Filter, check, matches
 
 PARAMS, BATCH_STATS, BUFFERS = "params", "batch_stats", "buffers"
 COLLECTIONS = "_torchlift_collections"  # in a module's __dict__: {buffer name: collection}, for those the user chose
-# In the __dict__ of a module bound in a body: the index of its root and its dotted path in there; then both for the
-# outermost body, if one is nested in another, and that root itself, a real module.
+# In the __dict__ of a module bound in a body: the index of its root and its dotted path in there; then of that root the
+# place in the outermost body, if one is nested in another.
 AT = "_torchlift_at"
 ATTRIBUTE = "attribute"  # the store, and the collection, of a tensor that is kept in a plain attribute
+
+
+def outer_place(module: nn.Module) -> tuple[int, str, nn.Module]:
+    """Of a bound module: the number of a root of the outermost body, the path from it, and that root, a real module."""
+    _, path, (number, base, root) = module.__dict__[AT]
+    return number, f"{base}.{path}" if base and path else base or path, root
 
 
 def collection_of(module: nn.Module, store: str, key: str) -> str:

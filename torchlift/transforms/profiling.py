@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from torchlift import _compat
 from torchlift.engine import spans
 from torchlift.errors import TransformTargetError
-from torchlift.variables import AT
+from torchlift.variables import AT, outer_place
 
 
 class _Open(threading.local):
@@ -44,7 +44,7 @@ class _Entered:
             self.name = _name(module, opened.modules)
             opened.modules = (*opened.modules, (module, self.name))
             return
-        _, _, number, path, root = module.__dict__[AT]
+        number, path, root = outer_place(module)
         # In a capture not the name of today: the same graph serves other roots.
         name = f"{{{number}}}" if isinstance(opened, spans.Recorder) else _root_name(number, root, opened)
         self.name = _joined(name, path)
@@ -80,7 +80,7 @@ def names_of(roots: Sequence[nn.Module]) -> tuple[str, ...]:
     opened, names = _traced if _compat.is_compiling() else _running, []
     for module in roots:
         if AT in module.__dict__:
-            _, _, number, path, root = module.__dict__[AT]
+            number, path, root = outer_place(module)
             names.append(_joined(_root_name(number, root, opened), path))
         else:
             names.append(_name(module, opened.modules))
