@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import types
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -66,6 +66,10 @@ class Node:
         self.children: list[tuple[str, int]] = []  # (key, node)
         self.attributes: list[tuple[str, Any]] = []  # (key, template with slots)
 
+    @property
+    def has_buffers(self) -> bool:
+        return bool(self.tensors) and self.tensors[-1][0] == "_buffers"  # they come after the parameters
+
     def dotted(self, key: str) -> str:
         return dotted(self.path, key)
 
@@ -100,26 +104,27 @@ class Memory:
         plain = ("_modules", *STORES)  # which may be in another order than they look
         if any(self._hooks) or any(type(fields[key]) is not dict for fields in self._fields for key in plain):
             raise _Unwatchable
-        self._dicts = [*self._fields, *(fields["_modules"] for fields in self._fields)]
-        self._lists: list[list[Any]] = []
+        modules = [fields["_modules"] for fields in self._fields]
+        self._stores = [fields[store] for fields in self._fields for store in STORES]
+        self._dicts = [*self._fields, *modules]
+        self._tables: list[Any] = []  # lists and dicts in attributes
         for fields in self._fields:
             for key, value in fields.items():
                 if key not in INTERNALS:
                     self._watch(value)
-        self._stores = [fields[store] for fields in self._fields for store in STORES]
+        self._held = [*map(dict.copy, self._dicts)]
+        self._items = [*chain(*self._tables)]
+        self._sized, self._named = [*self._stores, *self._tables], [*modules, *self._stores]
+        self._layout, self._absent = self._look(), self._look_for_none()
         self._first, self._others = (nodes[0].tensors, nodes[0].children), nodes[1:]
         self._classes = [type(node.module) for node in nodes]
-        self._held, self._absent = self._look(), self._look_for_none()
         at = id(root)
         self.root = weakref.ref(root, lambda _: _memories.pop(at, None))
 
-    def _look(self) -> tuple[list[int], list[Any]]:
-        sizes, held = contents(self._dicts)
+    def _look(self) -> list[Any]:
+        """How much there is, and under which names: numbers and strings, which may be told apart by value."""
         # Of attributes the last name: one that takes the place of another goes to the end.
-        names = chain(map(next, map(reversed, self._fields)), *self._dicts[len(self._fields) :], *self._stores)
-        if not self._lists:
-            return [*sizes, *map(len, self._stores)], [*held, *names]
-        return [*sizes, *map(len, self._stores), *map(len, self._lists)], [*held, *names, *chain(*self._lists)]
+        return [*map(len, self._sized), *map(next, map(reversed, self._fields)), *chain(*self._named)]
 
     def _look_for_none(self) -> list[bool]:
         return [tensor is None for tensor in chain.from_iterable(map(dict.values, self._stores))]
@@ -142,8 +147,8 @@ class Memory:
         held = (*value, *value.values()) if isinstance(value, dict) else value
         if isinstance(value, dict):
             self._dicts.append(value)
-        elif isinstance(value, list):
-            self._lists.append(value)
+        if isinstance(value, (list, dict)):
+            self._tables.append(value)
         if len(held) > LONG and kind in (tuple, list, dict):
             raise _Unwatchable
         for item in held:
@@ -155,9 +160,12 @@ class Memory:
         if root is None or any(self._hooks):
             return None
         modules = [root, *[node.module for node in self._others]]
-        if [*map(type, modules)] != self._classes or not _same([m.__dict__ for m in modules], self._fields):
+        for module, cls, fields in zip(modules, self._classes, self._fields):
+            if type(module) is not cls or module.__dict__ is not fields:
+                return None
+        if self._look() != self._layout or not same(self._dicts, self._held):
             return None
-        if not same(self._look(), self._held):
+        if not all(map(operator.is_, chain(*self._tables), self._items)):
             return None
         found = [*chain.from_iterable(map(dict.values, self._stores))]
         tensors = [tensor for tensor in found if tensor is not None]
@@ -190,15 +198,9 @@ def remember(module: nn.Module, nodes: list[Node], entries: list[Entry], *about:
     return memory
 
 
-def contents(dicts: Sequence[dict[str, Any]]) -> tuple[list[int], list[Any]]:
-    """What dicts hold, one after the other, and how much each of them: few calls, each of which looks at all."""
-    return [*map(len, dicts)], [*chain.from_iterable(map(dict.values, dicts))]
-
-
-def same(some: tuple[list[int], list[Any]], others: tuple[list[int], list[Any]]) -> bool:
-    """Whether two :func:`contents` are the very same objects."""
-    return some[0] == others[0] and _same(some[1], others[1])
-
-
-def _same(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
+def same(some: Iterable[dict[str, Any]], others: Iterable[dict[str, Any]]) -> bool:
+    """Whether dicts hold the very same objects as others do, in the same order."""
+    for one, other in zip(some, others):
+        if len(one) != len(other) or (one and not all(map(operator.is_, one.values(), other.values()))):
+            return False
+    return True

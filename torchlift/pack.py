@@ -27,7 +27,7 @@ from torchlift.errors import (
     TransformedMethodReturnValueError,
 )
 from torchlift.filters import matches
-from torchlift.nodes import STORES, contents, same
+from torchlift.nodes import STORES, same
 from torchlift.variables import (
     AT,
     Capture,
@@ -42,6 +42,9 @@ def _how_to_split(stream: str) -> str:
         f"the transform was not told how to treat it: add split_rngs={{{stream!r}: True}} for fresh draws at every "
         "index, False for the same draws at every index"
     )
+
+
+_NOTHING = Meta((), ())
 
 
 class Packed(Changeable):
@@ -59,7 +62,6 @@ class Packed(Changeable):
         self.transformed = not self.nested and not _compat.is_compiling() and _compat.functorch_active()
         self.context = {"captures": context.captures, "axes": context.axes}
         self.refused: tuple[tuple[str, str], ...] = context.refused
-        self.writable = [False] * len(self.entries)
 
     def beside(self, module: nn.Module) -> Packed:
         """The same call of another module, not bound where this one's is not; it may change the same collections."""
@@ -135,6 +137,7 @@ class Packed(Changeable):
         # NOTE [Buffers]. Buffers are bound as clones: in-place writes would reach the caller's storage through vmap and
         # grad. A parameter is bound as it is: twice the memory of a model is too much for a write that is an error in
         # torch, outside of no_grad, and right there.
+        compiling = _compat.is_compiling()
         bound = list(tensors)
         if self.buffers:
             # Not as inference tensors: no one counts the writes into those.
@@ -147,14 +150,13 @@ class Packed(Changeable):
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)
-        fields = [shadow.__dict__ for shadow in shadows]
-        before = [dict(own) for own in fields]
-        # In most runs nothing changes, which is told by looking at all modules at once. Dynamo knows no such look.
-        dicts = [*fields, *[own[store] for own in fields for store in STORES]]
-        found = None if versions or _compat.is_compiling() else contents(dicts)
+        fields = dicts = [shadow.__dict__ for shadow in shadows]
+        if not compiling:
+            dicts = [*fields, *[own[store] for own in fields for store in STORES]]
+        before = [own.copy() for own in dicts]
         held = [(at, key, value := shadows[at].__dict__.get(key), held_in(value)) for at, key in self.containers]
         frames = self.context["captures"]
-        frame = Capture(_AnyOf(frames))
+        frame = Capture(_AnyOf(frames)) if frames else None
         drawn = self._draws_refused()
         try:
             axes = self.context["axes"]
@@ -174,12 +176,18 @@ class Packed(Changeable):
             self._check_output(out)
         changes: list[Change] = []
         values: list[Tensor] = []
-        if found is None or not same(contents(dicts), found):
+        # In most runs nothing is assigned, which is told by a look at what all modules hold. Dynamo knows no such look.
+        assigned = compiling or not same(dicts, before)
+        if assigned or versions:
             for at, own in enumerate(fields):
-                self._read_back(at, own, tensors, bound, versions, changes, values)
-                self._check_attributes(self.nodes[at], own, before[at])
+                if assigned or self.nodes[at].has_buffers:
+                    self._read_back(at, own, tensors, bound, versions, changes, values)
+                if assigned:
+                    self._check_attributes(self.nodes[at], own, before[at])
         self._check_containers(held, shadows)
-        sown = [(site, value) for site, values in frame.sown.items() for value in values]
+        sown = [] if frame is None else [(site, value) for site, values in frame.sown.items() for value in values]
+        if not changes and not sown:
+            return out, Update([], [], _NOTHING)
         return out, Update(values, [value for _, value in sown], Meta(tuple(changes), tuple(site for site, _ in sown)))
 
     def _draws_refused(self) -> rng.States | None:
