@@ -55,16 +55,23 @@ class Update(NamedTuple):
 class Changeable(Collected):
     """A call, collected, that knows which of its variables a body may change, and tells which it did."""
 
-    writable: list[bool]  # of each entry
     hidden: frozenset[int] = frozenset()  # the entries that a body does not see
+    _writable: list[bool] | None  # of each entry; None: not asked for yet
 
     def allow(self, writable: Callable[[str], bool], how_to: Callable[[str], str]) -> None:
         """Says which collections a body may change, and what to add where it may not."""
-        known = {entry.collection: False for entry in self.entries}
-        for collection in known:
-            known[collection] = collection != ATTRIBUTE and writable(collection)
-        self.writable = [known[entry.collection] for entry in self.entries]
         self._writable_collection, self._how_to_write = writable, how_to
+        self._writable = None
+
+    @property
+    def writable(self) -> list[bool]:
+        """Whether a body may change each entry. Found when asked for: a body that changes nothing does not ask."""
+        if self._writable is None:
+            known = {entry.collection: False for entry in self.entries}
+            for collection in known:
+                known[collection] = collection != ATTRIBUTE and self._writable_collection(collection)
+            self._writable = [known[entry.collection] for entry in self.entries]
+        return self._writable
 
     def _read_back(
         self, at: int, fields: dict[str, Any], given: Sequence[Tensor], bound: list[Tensor], versions: dict[int, int],

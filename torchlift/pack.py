@@ -62,6 +62,7 @@ class Packed(Changeable):
         self.transformed = not self.nested and not _compat.is_compiling() and _compat.functorch_active()
         self.context = {"captures": context.captures, "axes": context.axes}
         self.refused: tuple[tuple[str, str], ...] = context.refused
+        self._writable = [False] * len(self.entries)
 
     def beside(self, module: nn.Module) -> Packed:
         """The same call of another module, not bound where this one's is not; it may change the same collections."""
