@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,7 +59,7 @@ def apply(
     label = f"apply({type(module).__name__})"
     if not isinstance(module, nn.Module):
         raise TransformTargetError(f"{label}: got {module!r}, expected an nn.Module: apply(module, variables, ...)")
-    if not _are_mappings((variables,)) or not _are_mappings(variables.values()):
+    if not _is_mapping(variables) or not all(map(_is_mapping, variables.values())):
         raise ArgumentError(
             f"{label}: got variables of type {type(variables).__name__}, expected {{collection: {{name: tensor}}}}; "
             "parameters alone are {'params': {name: tensor}}"
@@ -73,13 +73,13 @@ def apply(
     ):
         packed = Packed(_method(module, method), module, args, kwargs, label)
         packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
-        out, update = packed.pure(_overridden(packed, variables), packed.leaves)
+        tensors = _overridden(packed, variables)
+        out, update = packed.pure(tensors, packed.leaves)
     for site, value in zip(update.meta.sites, update.sown, strict=True):
         sow_at(packed.module_at(site.root, site.path), site, value)  # for captures around this call
     if mutable is False:
         return out
     updated: dict[str, dict[str, Any]] = {}
-    tensors = _overridden(packed, variables)
     for entry, tensor in zip(packed.entries, tensors, strict=True):
         if entry.root == 0 and matches(mutable, entry.collection) and entry.store != ATTRIBUTE:
             updated.setdefault(entry.collection, {})[entry.name] = tensor
@@ -94,8 +94,8 @@ def apply(
     return out, updated
 
 
-def _are_mappings(values: Iterable[Any]) -> bool:
-    return all(type(value) is dict or isinstance(value, Mapping) for value in values)
+def _is_mapping(value: Any) -> bool:
+    return type(value) is dict or isinstance(value, Mapping)
 
 
 def _call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -117,25 +117,23 @@ def _overridden(packed: Packed, variables: Mapping[str, Mapping[str, Tensor]]) -
     """The tensor of each entry, those that are given instead of the module's own."""
     places = None if packed.memory is None else packed.memory.keys.get("places")
     if places is None:
-        places = {
-            (collection, name): at
-            for at, entry in enumerate(packed.entries)
-            if entry.root == 0
-            for name, collection in entry.paths
-        }
+        places = {}
+        for at, entry in enumerate(packed.entries):
+            for name, collection in entry.paths if entry.root == 0 else ():
+                places.setdefault(collection, {})[name] = at
         if packed.memory is not None:
             packed.memory.keys["places"] = places
     tensors = list(packed.tensors)
     for collection, named in variables.items():
+        known = places.get(collection, {})
         for name, tensor in named.items():
-            at = places.get((collection, name))
+            at = known.get(name)
             if at is None:
-                at = places.get((collection, _first_name(packed, name)))
+                at = known.get(_first_name(packed, name))
             if at is None:
-                known = sorted(known for c, known in places if c == collection)
                 raise VariableNameError(
                     f"{packed.label}: got a variable {name!r} of collection {collection!r}, expected one of "
-                    f"{known or sorted({c for c, _ in places})}"
+                    f"{sorted(known) or sorted(places)}"
                 )
             if not isinstance(tensor, Tensor):
                 raise ArgumentError(
