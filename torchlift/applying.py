@@ -15,7 +15,7 @@ from torchlift.errors import ArgumentError, TransformTargetError, VariableNameEr
 from torchlift.filters import Filter, check, matches
 from torchlift.pack import Packed
 from torchlift.rng import seed_rngs
-from torchlift.variables import ATTRIBUTE, Capture, sow_at
+from torchlift.variables import Capture, sow_at
 
 
 @_compat.outside_of_graphs
@@ -80,8 +80,8 @@ def apply(
     if mutable is False:
         return out
     updated: dict[str, dict[str, Any]] = {}
-    for entry, tensor in zip(packed.entries, tensors, strict=True):
-        if entry.root == 0 and matches(mutable, entry.collection) and entry.store != ATTRIBUTE:
+    for entry, tensor, writable in zip(packed.entries, tensors, packed.writable, strict=True):
+        if writable and entry.root == 0:
             updated.setdefault(entry.collection, {})[entry.name] = tensor
     for change, value in zip(update.meta.changes, update.changed, strict=True):
         node = packed.nodes[change.node]

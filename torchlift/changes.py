@@ -67,19 +67,17 @@ class Changeable(Collected):
     def writable(self) -> list[bool]:
         """Whether a body may change each entry. Found when asked for: a body that changes nothing does not ask."""
         if self._writable is None:
-            known = {entry.collection: False for entry in self.entries}
-            for collection in known:
-                known[collection] = collection != ATTRIBUTE and self._writable_collection(collection)
-            self._writable = [known[entry.collection] for entry in self.entries]
+            known = {c: self._writable_collection(c) for c in {entry.collection for entry in self.entries}}
+            self._writable = [entry.store != ATTRIBUTE and known[entry.collection] for entry in self.entries]
         return self._writable
 
     def _read_back(
-        self, at: int, fields: dict[str, Any], given: Sequence[Tensor], bound: list[Tensor], versions: dict[int, int],
+        self, at: int, fields: dict[str, Any], given: Sequence[Tensor], bound: list[Tensor], counted: set[int],
         changes: list[Change], values: list[Tensor],
     ) -> None:  # fmt: skip
         """Appends what the body did to the tensors of one module."""
         node = self.nodes[at]
-        known = 0
+        known, written = 0, self._written(node, fields, given, bound, counted) if node.has_buffers else ()
         for store, key, index in node.tensors:
             if index in self.hidden:
                 continue
@@ -87,12 +85,13 @@ class Changeable(Collected):
             now = fields[store].get(key)
             if now is not bound[index]:
                 how = "rebind"
-            elif store == "_buffers" and self._was_written(node, key, index, given[index], bound, versions):
+            elif index in written:
                 how = "copy"
             else:
                 continue
             self._check_writable(node, key, index, now)
-            if how == "rebind" or all(change.entry != index or change.how != "copy" for change in changes):
+            again = how == "copy" and len(self.entries[index].places) > 1
+            if not again or all(change.entry != index or change.how != "copy" for change in changes):
                 changes.append(Change(how, at, store, key, index, self.entries[index].collection))
                 values.append(now)
         tensors = (*fields["_parameters"].values(), *fields["_buffers"].values())
@@ -107,25 +106,26 @@ class Changeable(Collected):
                     changes.append(Change("create", at, store, key, -1, collection))
                     values.append(tensor)
 
-    def _was_written(
-        self, node: Node, key: str, index: int, given: Tensor, bound: Sequence[Tensor], versions: dict[int, int]
-    ) -> bool:
-        now, owner = bound[index], node.module
-        cls: Any = type(owner)
+    def _written(
+        self, node: Node, fields: dict[str, Any], given: Sequence[Tensor], bound: Sequence[Tensor], counted: set[int]
+    ) -> set[int]:
+        """Which buffers of a module, of those that are still in their places, were written; ``counted`` in any case."""
+        own = [i for store, key, i in node.tensors if store == "_buffers" and fields[store].get(key) is bound[i]]
+        owner: Any = node.module
+        batch_norm = owner.training and _calls_batch_norm(type(owner))
+        statistics = [i for i in own if bound[i].is_floating_point()] if batch_norm else []
         if _compat.is_compiling():
-            batch_norm = self.writable[index] and owner.training and now.is_floating_point() and _calls_batch_norm(cls)
-            return batch_norm or _compat.was_written_in_trace(now)
-        if _compat.version(now) != versions[index]:
-            return True
-        if not (owner.training and now.is_floating_point() and _calls_batch_norm(cls)):
-            return False
+            written = set()
+            for i in own:
+                if (i in statistics and self.writable[i]) or _compat.was_written_in_trace(bound[i]):
+                    written.add(i)
+            return written
         # NOTE [Batch norm]. torch's batch_norm writes the running statistics without counting it in their version. The
         # counter beside them tells, in torch's own layers; elsewhere the values do, or in a transform are taken to.
-        counters = [at for _, name, at in node.tensors if name == "num_batches_tracked"]
+        counters = [i for _, name, i in node.tensors if name == "num_batches_tracked"] if batch_norm else []
         if counters and inspect.unwrap(type(owner).forward).__module__.startswith("torch.nn."):
-            return any(_compat.version(bound[at]) != versions[at] for at in counters)
-        unknown = _compat.is_tracing() or _compat.functorch_level(now) >= 0 or now.is_meta
-        return unknown or not torch.equal(now, given)
+            return counted.union(statistics) if any(i in counted for i in counters) else counted
+        return counted.union([i for i in statistics if i not in counted and _may_differ(bound[i], given[i])])
 
     def _check_writable(self, node: Node, key: str, index: int, now: Any) -> None:
         if not self.writable[index]:
@@ -189,6 +189,11 @@ def outlives(kind: str, key: str) -> str:
         f"a tensor in a plain {kind}, which would outlive the transform; declare it with "
         f"torchlift.variable(self, 'state', {key!r}, init_fn) and set its .value, or hand it out with sow"
     )
+
+
+def _may_differ(now: Tensor, before: Tensor) -> bool:
+    unknown = _compat.is_tracing() or _compat.functorch_level(now) >= 0 or now.is_meta
+    return unknown or not torch.equal(now, before)
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it, rather than trace it

@@ -38,16 +38,19 @@ class Place(NamedTuple):
 class Entry:
     """One variable: its collection, and the places where it was found, the first of which names it."""
 
-    __slots__ = ("collection", "places", "root", "store")
+    __slots__ = ("_name", "collection", "places", "root", "store")
 
     def __init__(self, root: int, store: str, place: Place):
         self.collection, self.root, self.store = place.collection, root, store
         self.places = [place]
+        self._name: str | None = None
 
     @property
     def name(self) -> str:
-        """The dotted name, in its root. Made when asked for: a call that succeeds needs no names."""
-        return self.places[0].name
+        """The dotted name, in its root. Made when asked for: most calls that succeed need no names."""
+        if self._name is None:
+            self._name = self.places[0].name
+        return self._name
 
     @property
     def paths(self) -> list[tuple[str, str]]:

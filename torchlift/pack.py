@@ -146,7 +146,7 @@ class Packed(Changeable):
                 for index in self.buffers:
                     # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
                     bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
-        versions = {index: _compat.version(bound[index]) for index in self.buffers}
+        versions = _compat.versions([bound[index] for index in self.buffers])
         shadows = self.shadows(bound, self.hidden, self.inside, places or self.places(outermost=False))
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
@@ -179,12 +179,16 @@ class Packed(Changeable):
         values: list[Tensor] = []
         # In most runs nothing is assigned, which is told by a look at what all modules hold. Dynamo knows no such look.
         assigned = compiling or not same(dicts, before)
+        now = _compat.versions([bound[index] for index in self.buffers])
+        counted = {index for index, old, new in zip(self.buffers, versions, now) if old != new}
         if assigned or versions:
             for at, own in enumerate(fields):
-                if assigned or self.nodes[at].has_buffers:
-                    self._read_back(at, own, tensors, bound, versions, changes, values)
+                node = self.nodes[at]
+                # Written, but not counted, are statistics in training alone.
+                if assigned or (node.has_buffers and (counted or node.module.training)):
+                    self._read_back(at, own, tensors, bound, counted, changes, values)
                 if assigned:
-                    self._check_attributes(self.nodes[at], own, before[at])
+                    self._check_attributes(node, own, before[at])
         self._check_containers(held, shadows)
         sown = [] if frame is None else [(site, value) for site, values in frame.sown.items() for value in values]
         if not changes and not sown:
