@@ -44,6 +44,7 @@ class Groups:
     broadcast: Filter = False
     carry: Filter = False
     split_rngs: Mapping[Any, Any] = field(default_factory=dict)
+    _roles: dict[str, Role] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, mapping in (("variable_axes", self.variable_axes), ("split_rngs", self.split_rngs)):
@@ -65,6 +66,11 @@ class Groups:
 
     def role(self, collection: str) -> Role:
         """What happens to ``collection``."""
+        if collection not in self._roles:
+            self._roles[collection] = self._role(collection)
+        return self._roles[collection]
+
+    def _role(self, collection: str) -> Role:
         if collection == ATTRIBUTE:
             return Role(None, None)
         axis = first_match(self.variable_axes, collection, _UNTOLD)

@@ -83,8 +83,9 @@ class Packed(Changeable):
             AliasError: a tensor has paths whose collections have different axes.
         """
         known: dict[str, Any] = {}
+        axis_of = lambda collection: role(collection).axis
         for entry in self.entries:
-            if not same_role(entry, lambda collection: role(collection).axis):
+            if not same_role(entry, axis_of):
                 asked = [(path, role(collection).axis) for path, collection in entry.paths]
                 listed = ", ".join(f"{path!r} asks for axis {axis}" for path, axis in asked)
                 raise AliasError(f"{self.label}: one tensor has several names: {listed}; give them the same axis")
