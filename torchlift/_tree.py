@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchlift._compat import pytree
+from torchlift._compat import is_compiling, pytree
 from torchlift.errors import AxisError
 
 
@@ -39,6 +39,8 @@ class _Like:
 
 
 _POSITIONAL = Spec("positional", ())
+_LEAF = Spec(pytree.tree_structure(0), (None,))
+_ROWS = {(row, n): Spec(pytree.tree_structure(row([0] * n)), (None,) * n) for row in (tuple, list) for n in range(9)}
 
 
 def is_node(x: Any) -> bool:
@@ -53,6 +55,12 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     if type(tree) is tuple and len(tree) == 2 and type(tree[0]) is tuple and type(tree[1]) is dict and is_leaf is None:
         if not tree[1] and all(isinstance(x, Tensor) for x in tree[0]):
             return list(tree[0]), _POSITIONAL  # (args, kwargs) of the commonest calls, at a tenth of the time
+    if is_leaf is None and not is_compiling():  # and the commonest results
+        if isinstance(tree, Tensor):
+            return [tree], _LEAF
+        row = _ROWS.get((type(tree), len(tree))) if isinstance(tree, (tuple, list)) else None
+        if row is not None and all(isinstance(x, Tensor) for x in tree):
+            return list(tree), row
     outer_leaves, outer = pytree.tree_flatten(tree, is_leaf)
     leaves: list[Any] = []
     inner: list[Any] = []
@@ -72,6 +80,8 @@ def unflatten(leaves: list[Any], spec: Spec) -> Any:
     """The tree that :func:`flatten` took apart, with these leaves."""
     if spec is _POSITIONAL:
         return tuple(leaves), {}
+    if spec is _LEAF:
+        return leaves[0]
     outer_leaves: list[Any] = []
     at = 0
     for inner in spec.inner:
@@ -121,7 +131,8 @@ def broadcast_prefix(prefix: Any, tree: Any, where: str, is_leaf: Callable[[Any]
     """
     if not isinstance(prefix, (list, tuple, dict)):
         # Dynamo cannot flatten a None that is part of what it takes for a constant.
-        return [prefix] if tree is None else [prefix] * len(flatten(tree, is_leaf)[0])
+        one = tree is None or (is_leaf is not None and is_leaf(tree))
+        return [prefix] if one else [prefix] * len(flatten(tree, is_leaf)[0])
     if isinstance(prefix, dict):
         if not isinstance(tree, dict) or set(prefix) != set(tree):
             raise AxisError(f"{where}: axes {prefix!r} do not fit a value with {_describe(tree)}")
