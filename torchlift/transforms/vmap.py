@@ -111,21 +111,32 @@ class _Vmap(Transform):
     def _size(
         self, entries: Any, tensors: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any], label: str
     ) -> int:
-        sizes: dict[str, int] = {} if self.axis_size is None else {"axis_size": self.axis_size}
-        for entry, tensor, role in zip(entries, tensors, roles, strict=True):
-            if role.axis is not None:
-                name = f"{entry.name!r} in {entry.collection!r}"
-                sizes[f"{name} (axis {role.axis})"] = _size_on(tensor, role.axis, f"{label}: {name}")
+        mapped: list[tuple[Tensor, int, Any]] = [
+            (tensor, role.axis, entry)
+            for entry, tensor, role in zip(entries, tensors, roles, strict=True)
+            if role.axis is not None
+        ]
         for number, (leaf, axis) in enumerate(zip(leaves, leaf_axes, strict=True)):
             if axis is not None and isinstance(leaf, Tensor):
-                name = f"argument leaf {number}"
-                sizes[f"{name} (axis {axis})"] = _size_on(leaf, axis, f"{label}: {name}")
+                mapped.append((leaf, axis, number))
+        sizes = [] if self.axis_size is None else [self.axis_size]
+        for tensor, axis, what in mapped:
+            if not -tensor.ndim <= axis < tensor.ndim:
+                raise AxisError(f"{label}: {_named(what)} has shape {tuple(tensor.shape)}, which has no axis {axis}")
+            sizes.append(tensor.shape[axis])
         if not sizes:
             raise AxisError(f"{label}: nothing has a mapped axis, so the size is not known; pass axis_size=")
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        if len(set(sizes)) > 1:
+            names = [f"{_named(what)} (axis {axis})" for _, axis, what in mapped]
+            names = names if self.axis_size is None else ["axis_size", *names]
+            listed = ", ".join(f"{name}: {size}" for name, size in zip(names, sizes, strict=True))
             raise AxisError(f"{label}: the sizes of the mapped axis disagree, expected one: {listed}")
-        return next(iter(sizes.values()))
+        return sizes[0]
+
+
+def _named(what: Any) -> str:
+    """An entry, or the number of an argument leaf, in an error."""
+    return f"argument leaf {what}" if isinstance(what, int) else f"{what.name!r} in {what.collection!r}"
 
 
 def _shared_write(packed: Packed, groups: Groups) -> str:
@@ -158,19 +169,13 @@ def _warn_once(fn: Any, message: str) -> None:
         warn(message, TorchliftWarning)
 
 
-def _size_on(tensor: Tensor, axis: int, where: str) -> int:
-    if not -tensor.ndim <= axis < tensor.ndim:
-        raise AxisError(f"{where} has shape {tuple(tensor.shape)}, which has no axis {axis}")
-    return tensor.shape[axis]
-
-
 def _argument_axes(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: str) -> list[Any]:
     """The axis of each leaf of ``(args, kwargs)``; keyword arguments are mapped on axis 0, as in torch.func.vmap."""
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
     found = _tree.broadcast_prefix(in_axes, args, f"{label}: in_axes")
     check_axes(found, f"{label}: in_axes")
-    return found + [0] * len(_tree.flatten(kwargs)[0])
+    return found + [0] * len(_tree.flatten(kwargs)[0]) if kwargs else found
 
 
 class _Run:
@@ -184,7 +189,10 @@ class _Run:
         """The body at one index. What is static about its results is kept in ``self``: it is the same at each."""
         self.packed.context["axes"] = axes.and_named(self.axis_name, self.size, index)
         out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves), self.attributes)
-        flat, self.spec = _tree.flatten((out, update.changed, update.sown))
+        leaves, self.out_spec = _tree.flatten(out)
+        sown, self.sown_spec = _tree.flatten(update.sown)
+        self.results = len(leaves)
+        flat = [*leaves, *update.changed, *sown]
         flat = [torch.as_tensor(x, device=index.device) if type(x) in _NUMBERS else x for x in flat]
         self.meta = update.meta
         self.static = [None if isinstance(x, Tensor) else (x,) for x in flat]
@@ -222,19 +230,21 @@ class _Run:
     def finish(self, stacked: Sequence[Tensor]) -> tuple[Any, Update]:
         """The results, each with the new axis where it belongs; ``stacked`` has it on 0."""
         columns = iter(zip(stacked, self.mapped, strict=True))
-        trees = [next(columns) if static is None else static[0] for static in self.static]
-        out, changed, sown = _tree.unflatten(trees, self.spec)  # leaves are (tensor, whether it is mapped)
-        is_leaf = self._is_column
-        out_leaves, out_spec = _tree.flatten(out, is_leaf)
-        axes_out = _tree.broadcast_prefix(self.out_axes, out, f"{self.groups.label}: out_axes", is_leaf)
+        found = [next(columns) if static is None else static[0] for static in self.static]
+        ends = self.results, self.results + len(self.meta.changes)
+        results, changed, sown = found[: ends[0]], found[ends[0] : ends[1]], found[ends[1] :]
+        tree = _tree.unflatten(results, self.out_spec)  # leaves are (tensor, whether it is mapped)
+        axes_out = _tree.broadcast_prefix(self.out_axes, tree, f"{self.groups.label}: out_axes", self._is_column)
         check_axes(axes_out, f"{self.groups.label}: out_axes")
-        out = [self._place(leaf, axis, "an output") for leaf, axis in zip(out_leaves, axes_out, strict=True)]
-        changed = [
+        out = [self._place(leaf, axis, "an output") for leaf, axis in zip(results, axes_out, strict=True)]
+        new = [
             self._place(value, self.groups.role(change.collection).out_axis, f"{change.key!r} of {change.collection!r}")
             for value, change in zip(changed, self.meta.changes, strict=True)
         ]
-        sown = [self._place_sown(value, site.collection) for value, site in zip(sown, self.meta.sites, strict=True)]
-        return _tree.unflatten(out, out_spec), Update(changed, sown, self.meta)
+        sites = self.meta.sites
+        values = _tree.unflatten(sown, self.sown_spec) if sites else []
+        values = [self._place_sown(value, site.collection) for value, site in zip(values, sites, strict=True)]
+        return _tree.unflatten(out, self.out_spec), Update(new, values, self.meta)
 
     @staticmethod
     def _is_column(x: Any) -> bool:
@@ -264,7 +274,7 @@ class _Run:
             raise AxisError(
                 f"{self.groups.label}: {what} has {value.ndim} dimensions, the mapped one included, so no axis {axis}"
             )
-        return value.movedim(0, axis)
+        return value.movedim(0, axis) if axis else value
 
 
 _NUMBERS = (bool, int, float, complex)
