@@ -50,3 +50,10 @@ def test_methods_that_are_none(method):
 def test_a_class_is_no_module():
     with pytest.raises(TransformTargetError, match="got <class .*Linear'>, expected an nn.Module"):
         apply(nn.Linear, {}, torch.ones(2))
+
+
+def test_what_a_plain_attribute_holds_is_not_among_the_new_variables():
+    net = nn.Linear(2, 2)
+    net.shift = torch.ones(2)
+    updated = apply(net, {}, torch.zeros(1, 2), mutable=True)[1]
+    assert set(updated) == {"params"} and set(updated["params"]) == {"weight", "bias"}

@@ -39,6 +39,7 @@ class Checked:
 
 
 Pair = collections.namedtuple("Pair", "a b")
+ONE = torch.ones(1)
 
 leaves = st.integers() | st.none() | st.text(max_size=2)
 trees = st.recursive(
@@ -118,6 +119,17 @@ def test_specs_of_other_classes_or_structures_differ():
     specs = [_tree.flatten(tree)[1] for tree in (State(1), Frozen(1), State((1, 2)), [1, None, "s"], {"h": 1})]
     assert all((a == b) == (i == j) for i, a in enumerate(specs) for j, b in enumerate(specs))
     assert _tree.flatten(State(1))[1] == _tree.flatten(State(torch.ones(3), label="other"))[1]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "others"),
+    [(ONE, 0), ((ONE,), (0,)), ([ONE, ONE], [0, 1]), ((), ()), ([ONE] * 20, [0] * 20), (Pair(ONE, ONE), Pair(0, 1))],
+)
+def test_tensors_have_the_spec_of_other_leaves(tensors, others):
+    leaves, spec = _tree.flatten(tensors)
+    assert spec == _tree.flatten(others)[1]
+    rebuilt = _tree.unflatten(leaves, spec)
+    assert type(rebuilt) is type(tensors) and all(leaf is ONE for leaf in _tree.flatten(rebuilt)[0])
 
 
 @pytest.mark.parametrize(
