@@ -61,15 +61,19 @@ class Changeable(Collected):
     def allow(self, writable: Callable[[str], bool], how_to: Callable[[str], str]) -> None:
         """Says which collections a body may change, and what to add where it may not."""
         self._writable_collection, self._how_to_write = writable, how_to
-        self._writable = None
+        # Dynamo lets nothing be set around the body of a higher-order operator, where it may be asked for.
+        self._writable = self._allowed() if _compat.is_compiling() else None
 
     @property
     def writable(self) -> list[bool]:
         """Whether a body may change each entry. Found when asked for: a body that changes nothing does not ask."""
         if self._writable is None:
-            known = {c: self._writable_collection(c) for c in {entry.collection for entry in self.entries}}
-            self._writable = [entry.store != ATTRIBUTE and known[entry.collection] for entry in self.entries]
+            self._writable = self._allowed()
         return self._writable
+
+    def _allowed(self) -> list[bool]:
+        known = {c: self._writable_collection(c) for c in {entry.collection for entry in self.entries}}
+        return [entry.store != ATTRIBUTE and known[entry.collection] for entry in self.entries]
 
     def _read_back(
         self, at: int, fields: dict[str, Any], given: Sequence[Tensor], bound: list[Tensor], counted: set[int],

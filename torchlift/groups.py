@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchlift import rng
+from torchlift import _compat, rng
 from torchlift.errors import AxisError, FilterError
 from torchlift.filters import Filter, In, Out, check, first_match, listed, matches
 from torchlift.variables import ATTRIBUTE, PARAMS
@@ -66,6 +66,8 @@ class Groups:
 
     def role(self, collection: str) -> Role:
         """What happens to ``collection``."""
+        if _compat.is_compiling():  # Dynamo lets nothing be kept from the body of a higher-order operator
+            return self._role(collection)
         if collection not in self._roles:
             self._roles[collection] = self._role(collection)
         return self._roles[collection]

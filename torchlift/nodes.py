@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchlift import _compat
 from torchlift.variables import AT, ATTRIBUTE
 
 SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
@@ -48,9 +49,10 @@ class Entry:
     @property
     def name(self) -> str:
         """The dotted name, in its root. Made when asked for: most calls that succeed need no names."""
-        if self._name is None:
-            self._name = self.places[0].name
-        return self._name
+        name = self._name or self.places[0].name
+        if not _compat.is_compiling():  # Dynamo lets nothing be set around the body of a higher-order operator
+            self._name = name
+        return name
 
     @property
     def paths(self) -> list[tuple[str, str]]:
