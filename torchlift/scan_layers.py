@@ -164,7 +164,6 @@ class ScanLayers(nn.ModuleList):
             key = fingerprint.digest((call.key(), self.policy, row.metas))
         except UnsupportedError:  # who traces the layers will say so
             return ""
-
         label = self.label
         return register(key, [self], lambda layers: Body(make(layers).stateless_body, key, label), self.policy, row)
 
