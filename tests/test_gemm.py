@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def slow_mkl(monkeypatch):
-    monkeypatch.setattr(gemm, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=True))
 
 
 def products(x, w, row, full, small):
@@ -40,12 +40,38 @@ def test_large_float32_products_are_replaced():
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_where_a_transposed_first_factor_is_slow_it_stays(monkeypatch):
+    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=False))
+    graph, _ = traced()
+    gemm.use_onednn(graph)
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.torchlift.product.default) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t\t: fpu avx512f\n", 2**20),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: fpu avx512f\n", 2**24),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: fpu avx2\n", None),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nflags\t\t: fpu avx512f\n", None),
+        ("", None),
+    ],
+)
+def test_the_processor_decides(text, least, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(gemm.Path, "read_text", lambda path: text)
+    monkeypatch.setattr(gemm.Path, "exists", lambda path: True)
+    found = gemm._faster.__wrapped__()
+    assert (found and found.least) == least
+
+
 @pytest.mark.parametrize("off", ["other processors", "switched off", "float64"])
 def test_what_stays_as_it_is(off, monkeypatch):
     graph, _ = traced(torch.float64 if off == "float64" else torch.float32)
     before = str(graph.graph)
     if off == "other processors":
-        monkeypatch.setattr(gemm, "_mkl_is_slow", lambda: False)
+        monkeypatch.setattr(gemm, "_faster", lambda: None)
     if off == "switched off":
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     gemm.use_onednn(graph)

@@ -1,17 +1,19 @@
 """Products of float32 matrices on a CPU, by the faster of the two libraries that torch carries.
 
-NOTE [oneDNN]. torch multiplies float32 matrices with MKL, which keeps its fastest kernels for Intel's processors. On
-those of AMD oneDNN, which ``nn.LSTM`` is made of, takes half the time: 290 us for 660 at 256 x 256 x 1024, and as much
-less in the gradients. Only rounding differs. It has more to do before it starts, so small products stay where they
-are, and ``torch.backends.mkldnn.enabled = False`` leaves them all there. Which it is depends on the machine and on
-sizes, not on a timing, so that two runs compute the same.
+NOTE [oneDNN]. torch multiplies float32 matrices with MKL, which keeps its fastest kernels for Intel's processors. On a
+Zen 5 oneDNN, which ``nn.LSTM`` is made of, takes half the time: 290 us for 660 at 256 x 256 x 1024, and as much less in
+the gradients. On a Zen 4 it takes a tenth less where products are large, and up to three times as long where they are
+small or the first factor is transposed, as in gradients of weights. Other processors were not measured and keep MKL.
+Only rounding differs. ``torch.backends.mkldnn.enabled = False`` leaves all products where they are. Which it is depends
+on the processor and on sizes, not on a timing, so that two runs compute the same.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import platform
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,15 +21,28 @@ import torch
 from torchlift import _compat
 
 aten = torch.ops.aten
-LARGE = 2**20  # multiplications of a product from which on oneDNN is the faster one
+
+
+@dataclass(frozen=True)
+class Faster:
+    """Where oneDNN is the faster one: from so many multiplications on, and with a transposed first factor or not."""
+
+    least: int
+    transposed: bool
+
+
+_BY_FAMILY = {25: Faster(2**24, transposed=False), 26: Faster(2**20, transposed=True)}  # Zen 4, Zen 5
 
 
 @functools.cache
-def _mkl_is_slow() -> bool:
-    if not torch.backends.mkl.is_available():
-        return False
+def _faster() -> Faster | None:
+    """Where oneDNN is faster on this processor, if anywhere."""
     info = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
+    text = info.read_text() if info.exists() else ""
+    family = re.search(r"^cpu family\s*: (\d+)$", text, re.MULTILINE)
+    if family is None or "AuthenticAMD" not in text or "avx512f" not in text or not torch.backends.mkl.is_available():
+        return None
+    return _BY_FAMILY.get(int(family[1]))
 
 
 def _length(row: torch.fx.Node) -> int:
@@ -36,7 +51,8 @@ def _length(row: torch.fx.Node) -> int:
 
 def use_onednn(graph: torch.fx.GraphModule) -> None:
     """Puts oneDNN's products in the place of MKL's, where they are faster."""
-    if not (_mkl_is_slow() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    faster = _faster()
+    if faster is None or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return
     _compat.inductor_products(_OP)
     for node in graph.graph.nodes:
@@ -48,7 +64,8 @@ def use_onednn(graph: torch.fx.GraphModule) -> None:
         if (
             out.dtype is not torch.float32
             or out.device.type != "cpu"
-            or math.prod(map(_compat.size_hint, sizes)) < LARGE
+            or math.prod(map(_compat.size_hint, sizes)) < faster.least
+            or (not faster.transposed and not a.meta["val"].is_contiguous())
         ):
             continue
         # One row, which oneDNN adds to every row; of its full length, since oneDNN stretches none.
