@@ -315,6 +315,22 @@ def test_a_model_that_is_dropped_is_freed() -> None:
     assert weight() is None
 
 
+@pytest.mark.parametrize("change", [replace_a_parameter, load_by_assignment])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_backward_waits_for_outlives_a_change(change: Callable[[Model], None], frozen: bool) -> None:
+    model = Model()
+    model.blocks.requires_grad_(not frozen)
+    twin, call, x = copy.deepcopy(model), compiled(model), torch.randn(3, 4)
+    torch.manual_seed(1)
+    got, before = call(x).sum(), list(model.parameters())
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(twin.loop(x).sum(), [p for p in twin.parameters() if p.requires_grad])
+    change(model)
+    call(x)
+    gc.collect()
+    assert_equal(torch.autograd.grad(got, [p for p in before if p.requires_grad]), expected)
+
+
 def test_state_that_layers_change_is_published_by_the_graph() -> None:
     class Counts(Block):
         def __init__(self) -> None:

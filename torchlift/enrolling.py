@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, fingerprint
@@ -42,13 +43,16 @@ def enrolment(
     except UnsupportedError:
         return ("",)
     forms = [[(tensor.requires_grad, *tensor_key(tensor)) for tensor in row] for row in rows]
-    found = (keys, forms, [[id(tensor) for tensor in row] for row in rows])
+    found = (keys, forms, [[id(tensor) for tensor in row] for row in rows], _stream(rows))
     known = _known.get(holder)
     if known is not None and known[0] == found:
         return (known[1], *known[2])
     if not _are_alike(packed, keys[1:], forms):
         return ("",)
     digest = fingerprint.digest((keys[0], forms))
+    # First, for stand-ins hold the nodes that accumulate gradients, and these hold on to a stream.
+    _known.pop(holder, None)
+    known = None
     inputs = Roster(rows).inputs()
     _known[holder] = found, digest, inputs
     return (digest, *inputs)
@@ -71,6 +75,12 @@ def sees(modules: Sequence[nn.Module], value: Any, names: set[str]) -> bool:
     own = [each.__dict__[store] for each in inner for store in ("_parameters", "_buffers", "_modules")]
     unknown = value is None or isinstance(value, types.CellType)  # a global; the variable of a closure
     return unknown or any(value is each for each in (*inner, *own)) or sees_attributes(modules, value, names)
+
+
+def _stream(rows: Sequence[Sequence[Tensor]]) -> int | None:
+    """The stream of a GPU on which gradients will be accumulated: a CUDA graph is captured on one of its own."""
+    on = next((tensor.device for row in rows for tensor in row if tensor.is_cuda), None)
+    return None if on is None else torch.cuda.current_stream(on).cuda_stream
 
 
 def _are_alike(packed: Sequence[Packed], keys: Sequence[Hashable], forms: Sequence[list[Any]]) -> bool:
