@@ -231,6 +231,29 @@ def test_a_tensor_left_in_a_plain_attribute_is_refused_and_nothing_is_changed(ho
         assert not hasattr(module, "last") and not hasattr(module.linear, "last")
 
 
+def test_a_first_call_that_fails_when_it_runs_is_looked_at_again():
+    """What a graph leaves in attributes is looked at where it was traced, which that call did not live to see."""
+    failures = [KeyboardInterrupt]
+
+    def backend(graph, inputs):
+        def run(*args):
+            if failures:
+                raise failures.pop()
+            return graph(*args)
+
+        return run
+
+    def act(module, y):
+        module.last = y * 2
+
+    module = torchlift.jit(Leaves, backend=backend)(act)
+    with pytest.raises(KeyboardInterrupt):
+        module(torch.ones(2, 4))
+    assert not hasattr(module, "last") and module.count == 0
+    with pytest.raises(torchlift.PlainAttributeError, match=r"assigned 'last' in the body"):
+        module(torch.ones(2, 4))
+
+
 def test_what_is_no_news_may_be_set():
     module = nn.LSTM(4, 4)  # keeps its weights in a list, too
     jitted = torchlift.jit(lambda m, x: m(x)[0], backend="aot_eager", fullgraph=False)

@@ -93,9 +93,11 @@ class _Jit(Transform):
         donated = self._donated(giving, tensors, label)
         self._check_device(tensors, label)
         watch = Watch(collected, label, self.variables, self.rngs, self.fullgraph)
+        finished = False
         try:
             with watch:
                 out, sown = run(roots, left, given, bool(context.captures))
+            finished = True
         except TransformedMethodReturnValueError as error:
             raise TransformedMethodReturnValueError(f"{label}: {error}") from error
         except _compat.capture_errors() as error:
@@ -107,10 +109,13 @@ class _Jit(Transform):
                 f"{label}: the body cannot be captured as one graph; rewrite what is named below, or pass "
                 f"fullgraph=False to let Python run between graphs. {error} {error.__cause__ or ''}".rstrip()
             ) from error
+        finally:
+            if not finished and watch.has_traced:
+                self.compiled.pop(key, None)  # which would not be traced, nor looked at, at the next call
         try:
             watch.check()
         except PlainAttributeError:
-            self.compiled.pop(key, None)  # which would not be traced, nor looked at, at the next call
+            self.compiled.pop(key, None)
             raise
         for at, path, collection, name, value in sown:
             sow_at(roots[at].get_submodule(path), Site(at, path, collection, name), value)

@@ -81,6 +81,7 @@ class Watch:
         self.collected, self.label, self.variables = collected, label, variables
         always = variables is not True or rngs is not True or not fullgraph
         self.before = _Before(collected) if always else None
+        self.has_traced = False
         self.draws = None if matches(rngs, rng.DROPOUT) else rng.default_states()
 
     def __enter__(self) -> None:
@@ -152,6 +153,7 @@ _local = _Local()
 @torch.compiler.assume_constant_result
 def traced() -> bool:
     """Called by Dynamo when it traces a body, before anything of it has run."""
-    if _local.watch is not None and _local.watch.before is None:
-        _local.watch.before = _Before(_local.watch.collected)
+    if _local.watch is not None:
+        _local.watch.has_traced = True
+        _local.watch.before = _local.watch.before or _Before(_local.watch.collected)
     return True
