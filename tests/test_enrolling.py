@@ -331,6 +331,88 @@ def test_what_a_backward_waits_for_outlives_a_change(change: Callable[[Model], N
     assert_equal(torch.autograd.grad(got, [p for p in before if p.requires_grad]), expected)
 
 
+def test_the_grad_mode_of_a_call_leaves_no_trace() -> None:
+    model = Model()
+    call, x = compiled(model), torch.randn(3, 4)
+    check(call, model)
+    model.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(call(x), model.loop(x))
+    check(call, model)
+    with torch.device("meta"):
+        call(x)
+
+
+def gap(model: Model) -> None:
+    model.blocks[1].linear.weight = nn.Parameter(torch.randn(4, 8)[:, :4])
+
+
+def expand(model: Model) -> None:
+    for block in model.blocks:
+        block.shift = torch.ones(()).expand(4)
+
+
+@pytest.mark.parametrize("change", [gap, expand])
+def test_tensors_with_gaps_are_inputs_of_the_graph(change: Callable[[Model], None]) -> None:
+    model = Model()
+    change(model)
+    check(compiled(model), model)
+    assert model.blocks.enrolment == ("",)
+
+
+def test_a_graph_that_is_not_compiled_serves_the_next_model() -> None:
+    graphs = torch._dynamo.lookup_backend("eager")
+    for _ in range(2):
+        model = Model()
+        check(compiled(model, graphs), model)
+        del model
+        gc.collect()
+
+
+class Slotted:
+    __slots__ = ("p",)
+
+    def __init__(self, p: float):
+        self.p = p
+
+
+def test_what_only_an_address_tells_is_an_input_of_the_graph() -> None:
+    model = Model()
+    for block in model.blocks:
+        block.settings = Slotted(0.1)
+    assert model.blocks.enrolment == ("",)
+    model = Model()
+    for block in model.blocks:
+        block.activation = torch.relu
+    assert model.blocks.enrolment[0]
+
+
+def test_a_ticket_that_was_copied_needs_the_layers_as_they_are() -> None:
+    model = Model()
+    model.blocks.requires_grad_(False)
+    call = compiled(model)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        kept, lost = call(torch.randn(3, 4)).sum(), call(torch.randn(3, 4)).sum()
+    kept.backward()
+    replace_a_parameter(model)
+    call(torch.randn(3, 4))
+    gc.collect()
+    with pytest.raises(RuntimeError, match="replaced while a backward waited for them"):
+        lost.backward()
+
+
+def test_under_torch_func_nothing_is_enrolled() -> None:
+    model = Model().eval()
+    seen = []
+
+    def loss(x: Tensor) -> Tensor:
+        seen.append(model.blocks.enrolment)
+        return x.sum()
+
+    torch.func.grad(loss)(torch.ones(2))
+    assert seen == [("",)]
+
+
 def test_state_that_layers_change_is_published_by_the_graph() -> None:
     class Counts(Block):
         def __init__(self) -> None:

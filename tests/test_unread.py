@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 import torchlift
 from torchlift import _compat
 from torchlift.unread import ReadError, Unread
+
+
+class Kind(enum.IntEnum):
+    EVEN, ODD = 0, 1
 
 
 class Numbered(nn.Module):
@@ -34,6 +39,15 @@ class Numbered(nn.Module):
             y = y * len(f"{self.at}")
         if way == "type" and isinstance(self.at, int):
             y = y * 3
+        if way == "identity" and (self.at is True or self.at is Kind.ODD):
+            y = y * 5
+        if way == "other error":
+            try:
+                y = y + int(self.at)
+            except Exception as error:
+                raise ValueError("no number") from error
+        if way == "assigned":
+            self.last = 3
         if way == "caught":
             try:
                 y = y * (self.at + 1)
@@ -73,7 +87,7 @@ def test_an_attribute_that_is_not_read_makes_no_graph_of_its_own() -> None:
     assert [(r.path, r.compilations) for r in torchlift.explain(scanned, x)] == [("compiled", 1)]
 
 
-@pytest.mark.parametrize("way", ["compare", "text", "type", "caught"])
+@pytest.mark.parametrize("way", ["compare", "text", "type", "caught", "other error"])
 def test_an_attribute_that_is_read_is_given(way: str) -> None:
     scanned, x = numbered(), torch.randn(3, 4)
     check(scanned, scanned, x)
@@ -97,6 +111,32 @@ def test_what_may_be_compared_by_identity_is_always_given() -> None:
     scanned[1].at = None
     with pytest.raises(ValueError, match="it has no number"):
         scanned(x)
+
+
+@pytest.mark.parametrize("values", [[True, False, True], [Kind.ODD, Kind.EVEN, Kind.ODD]])
+def test_what_is_compared_by_identity_is_given(values: list[Any]) -> None:
+    scanned, x = numbered(3), torch.randn(3, 4)
+    for layer, value in zip(scanned, values):
+        layer.at = value
+    check(scanned, scanned, x, None, "identity")
+
+
+def test_an_assignment_reads_no_attribute() -> None:
+    scanned, x = numbered(), torch.randn(3, 4)
+    with pytest.warns(torchlift.TorchliftWarning, match="assigned 'last'"):
+        scanned(x, None, "assigned")
+    assert [(r.path, r.compilations) for r in torchlift.explain(scanned, x, None, "assigned")] == [("compiled", 1)]
+
+
+@pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)
+def test_a_graph_sees_that_an_attribute_is_of_another_kind() -> None:
+    torch._dynamo.reset()
+    scanned, x = numbered(), torch.randn(3, 4)
+    call = torch.compile(scanned, backend="aot_eager")
+    check(call, scanned, x)
+    scanned[1].at = None
+    with pytest.raises(Exception, match="it has no number"):  # noqa: B017  (Dynamo's, around the body's own)
+        call(x)
 
 
 @pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)

@@ -810,14 +810,17 @@ def _read_at_each_call(trace: Any) -> None:
 
 
 def _written(side_effects: Any) -> Iterator[tuple[Any, set[str]]]:
-    """What the trace has written so far of what is older than it: objects, and which attributes, if Dynamo says so."""
+    """What the trace has written so far of what is older than it: objects (None for globals), and the names in them."""
     from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 
     existing = (AttributeMutationExisting, ValueMutationExisting)
+    from torch._dynamo.variables import NewGlobalVariable
+
     older = dict(zip(map(id, side_effects.keepalive), side_effects.keepalive))
     for at, variable in side_effects.id_to_variable.items():
         if isinstance(variable.mutation_type, existing) and side_effects.is_modified(variable):
-            yield older.get(at), set(side_effects.store_attr_mutations.get(variable, ()))
+            value = None if isinstance(variable, NewGlobalVariable) else older.get(at)
+            yield value, set(side_effects.store_attr_mutations.get(variable, ()))
 
 
 def wrote(sees: Callable[..., bool], *modules: torch.nn.Module) -> bool:
@@ -843,12 +846,16 @@ def _require_unwritten(trace: Any) -> None:
 
     tx = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     owner = tx.symbolic_locals["owner"].realize().value
-    tensors = {id(tensor) for tensor in (*owner.parameters(), *owner.buffers())}
+    storages = {tensor.untyped_storage()._cdata for tensor in (*owner.parameters(), *owner.buffers())}
 
-    def look(_: Any) -> None:
+    def look(graph: torch.fx.GraphModule) -> None:
         """Fake tensors count writes; at the end of the trace, for those that come after the layers ran."""
-        given = [argument for argument in tx.output.graphargs if id(argument.example) in tensors]
-        if any(argument.fake_tensor._version for argument in given):
+        tensors = [a for a in tx.output.graphargs if isinstance(a.example, torch.Tensor)]
+        given = [a for a in tensors if a.example.untyped_storage()._cdata in storages]
+        # Writes by way of ``.data``, or a new ``.data``, are counted elsewhere.
+        hidden = ("_get_data_attr", "_lower_version_count_by_1", "set_", "detach_")
+        uncounted = any(getattr(node.target, "__name__", node.target) in hidden for node in graph.graph.nodes)
+        if any(uncounted or argument.fake_tensor._version for argument in given):
             _written_by_graphs.add(owner)
             tx.speculation_log.clear()
             raise RestartAnalysis(restart_reason="a tensor of layers is written in the graph that runs them")

@@ -1,4 +1,4 @@
-"""In what a layer differs from another one, and in what it may."""
+"""In what a layer differs from another one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import nn
 
 from torchlift import fingerprint
-from torchlift.pack import Packed
 from torchlift.variables import class_of, own_tensors
 
 
@@ -38,13 +37,3 @@ def difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> st
             if expected.get(key) != attributes.get(key):
                 return f"{where}{key} {other.__dict__.get(key)!r} != {module.__dict__.get(key)!r}"
     return None
-
-
-def attributes(packed: Packed, names: Sequence[str]) -> list[tuple[int, str]]:
-    """Where in a layer the scanned attributes lie: a bare name stands for that attribute of any submodule."""
-    return [
-        (at, key)
-        for at, node in enumerate(packed.nodes)
-        for key in node.module.__dict__
-        if key in names or node.dotted(key) in names
-    ]

@@ -13,6 +13,7 @@ from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
 from torchlift.nodes import HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
 from torchlift.references import Container, elements
+from torchlift.unread import Unread
 from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of, outer_place
 
 INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
@@ -330,6 +331,8 @@ def _can_grow(value: Any) -> bool:
 
 def modules_in(value: Any, found: list[nn.Module]) -> None:
     """Appends the modules that a value holds, those that own its Variables among them."""
+    if type(value) is Unread:
+        return
     if isinstance(value, nn.Module):
         found.append(value)
     elif isinstance(value, Variable):

@@ -17,6 +17,7 @@ from torchlift import _tree
 from torchlift.collecting import CONTAINERS, derived_attributes
 from torchlift.nodes import INTERNALS, LONG
 from torchlift.references import elements
+from torchlift.unread import Unread
 
 
 class Held:
@@ -58,7 +59,8 @@ def changed_attributes(module: nn.Module, fields: dict[str, Any], old: dict[str,
     if len(fields) == len(old) and all(map(operator.is_, fields.values(), old.values())):
         return []
     derived = derived_attributes(module)
-    bound = [leaf for value in old.values() for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
+    known = [value for value in old.values() if type(value) is not Unread]
+    bound = [leaf for value in known for leaf in _tree.flatten(value)[0] if isinstance(leaf, Tensor)]
     found = []
     for key, value in fields.items():
         if key not in derived and key not in INTERNALS and value is not old.get(key, fields):

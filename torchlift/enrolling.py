@@ -5,76 +5,109 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, fingerprint
+from torchlift.engine.capture import stride_order
 from torchlift.engine.compiled import tensor_key
-from torchlift.engine.roster import Roster
+from torchlift.engine.roster import Roster, stand_ins, ticket_for
 from torchlift.engine.run import is_plain
 from torchlift.errors import UnsupportedError
 from torchlift.pack import Packed
+from torchlift.scanned import scanned_places
 from torchlift.variables import AT
 
-# For each holder of layers what was found at its last call, the digest of that, and what graphs get.
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str, tuple[Tensor, ...]]] = weakref.WeakKeyDictionary()
+
+@dataclass
+class _Known:
+    """What was found of the layers at the last call, and what graphs get."""
+
+    found: Any
+    digest: str
+    roster: Roster
+    stand_ins: tuple[Tensor, ...]
+    version: int
+    ticket: Tensor
+
+    @property
+    def enrolment(self) -> tuple[Any, ...]:
+        version = self.roster.version
+        if version != self.version:
+            self.version, self.ticket = version, ticket_for(self.roster, version)
+        return (self.digest, self.ticket, *self.stand_ins)
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_NONE: tuple[Any, ...] = ("",)
 
 
 def enrolment(
     holder: nn.Module, layers: Sequence[nn.Module], call: Callable[..., Any], skip: Sequence[str]
 ) -> tuple[Any, ...]:
-    """A digest of all that compiled code depends on in the layers, and :meth:`Roster.inputs` of their tensors.
+    """What a graph reads of layers: a digest of all that it depends on in them, a ticket, and stand-ins.
 
     A graph compares the digest before each run. It is empty, and alone, where the layers must be traced one by one:
     they have hooks, or differ, or hold what is no plain tensor, or modules elsewhere than in one another.
     """
-    if not layers or any(AT in layer.__dict__ for layer in layers):
-        return ("",)
-    first = Packed(call, layers[0], (), {}, "scan_layers")
-    first.allow(lambda collection: True, str)
-    packed = [first, *(first.beside(layer) for layer in layers[1:])]
-    if not all(each.simple for each in packed) or any(each.has_hooks(skip_root=False) for each in packed):
-        return ("",)
-    rows = [each.tensors for each in packed]
+    if not layers or _compat.functorch_active() or any(AT in layer.__dict__ for layer in layers):
+        return _NONE
     try:
+        first = Packed(call, layers[0], (), {}, "scan_layers")
+        first.allow(lambda collection: True, str)
+        packed = [first, *(first.beside(layer) for layer in layers[1:])]
         keys = [fingerprint.of_packed(first, skip), *(fingerprint.of_modules(each, skip) for each in packed)]
-    except UnsupportedError:
-        return ("",)
+    except UnsupportedError:  # who traces the layers will say so
+        return _NONE
+    if not all(each.simple for each in packed) or any(each.has_hooks(skip_root=False) for each in packed):
+        return _NONE
+    rows = [each.tensors for each in packed]
     forms = [[(tensor.requires_grad, *tensor_key(tensor)) for tensor in row] for row in rows]
-    found = (keys, forms, [[id(tensor) for tensor in row] for row in rows], _stream(rows))
+    # Of attributes that may differ the kinds: they decide whether a body can do without the values.
+    kinds = [[type(each.nodes[at].module.__dict__[key]) for at, key in scanned_places(each, skip)] for each in packed]
+    found = (keys, forms, kinds, [[id(tensor) for tensor in row] for row in rows], _stream(rows))
     known = _known.get(holder)
-    if known is not None and known[0] == found:
-        return (known[1], *known[2])
-    if not _are_alike(packed, keys[1:], forms):
-        return ("",)
-    digest = fingerprint.digest((keys[0], forms))
+    if known is not None and known.found == found:
+        return known.enrolment
     # First, for stand-ins hold the nodes that accumulate gradients, and these hold on to a stream.
     _known.pop(holder, None)
     known = None
-    inputs = Roster(rows).inputs()
-    _known[holder] = found, digest, inputs
-    return (digest, *inputs)
+    if not _are_alike(packed, keys[1:], forms):
+        return _NONE
+    try:
+        digest = fingerprint.digest((keys[0], forms, kinds), by_address=False)
+    except UnsupportedError:
+        return _NONE
+    roster = Roster(rows, holder)
+    version = roster.version
+    known = _Known(found, digest, roster, stand_ins(roster), version, ticket_for(roster, version))
+    if all(tensor.grad_fn is None for row in rows for tensor in row):  # what computed them shall not live that long
+        _known[holder] = known
+    return known.enrolment
 
 
 def sees_attributes(modules: Sequence[nn.Module], value: Any, names: set[str]) -> bool:
-    """Whether a write to ``names`` of ``value`` changes plain attributes of modules, or what such attributes hold.
+    """Whether a write to ``names`` of ``value`` changes plain attributes of modules, what these hold, or a global read.
 
     A body that is captured from the real modules while Dynamo traces would see what was there before.
     """
     if isinstance(value, nn.Module):
         inside = any(value is inner for module in modules for inner in module.modules())
         return inside and not names <= {*value._parameters, *value._buffers}
+    if value is None or isinstance(value, types.ModuleType):  # globals
+        return fingerprint.reads_any(modules, names)
     return id(value) in fingerprint.held(modules)
 
 
-def sees(modules: Sequence[nn.Module], value: Any, names: set[str]) -> bool:
-    """As :func:`sees_attributes`, of anything that a graph would read in the modules at its next call."""
-    inner = [each for module in modules for each in module.modules()]
+def sees(holder: nn.Module, value: Any, names: set[str]) -> bool:
+    """Whether a write, of which Dynamo only takes note, would change what a graph reads at its next call."""
+    inner = list(holder.modules())
     own = [each.__dict__[store] for each in inner for store in ("_parameters", "_buffers", "_modules")]
-    unknown = value is None or isinstance(value, types.CellType)  # a global; the variable of a closure
-    return unknown or any(value is each for each in (*inner, *own)) or sees_attributes(modules, value, names)
+    unknown = isinstance(value, types.CellType)  # the variable of a closure
+    return unknown or any(value is each for each in (*inner, *own)) or sees_attributes([holder], value, names)
 
 
 def _stream(rows: Sequence[Sequence[Tensor]]) -> int | None:
@@ -87,4 +120,8 @@ def _are_alike(packed: Sequence[Packed], keys: Sequence[Hashable], forms: Sequen
     """Whether layers are of one key and form, and hold nothing but plain tensors."""
     if any(key != keys[0] for key in keys) or any([f[1:] for f in form] != [f[1:] for f in forms[0]] for form in forms):
         return False
-    return all(is_plain(tensor) and not _compat.is_traced(tensor) for each in packed for tensor in each.tensors)
+    return all(_is_plain(tensor) for each in packed for tensor in each.tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return is_plain(tensor) and not _compat.is_traced(tensor) and tensor.permute(stride_order(tensor)).is_contiguous()

@@ -204,6 +204,13 @@ def of_class(cls: type) -> Hashable:
     return (*members, *known[2])
 
 
+def reads_any(modules: Iterable[nn.Module], names: set[str]) -> bool:
+    """Whether methods of modules, or what these call, read a global of one of these names."""
+    classes = {class_of(inner) for module in modules for inner in module.modules()}
+    members = [value for cls in classes for base in cls.__mro__ for value in vars(base).values()]
+    return any(name in names for _, name in _names_read(members))
+
+
 def _values(names: _Names) -> list[Hashable]:
     return [(name, _outline(space.get(name))) for space, name in names]
 
@@ -265,9 +272,21 @@ def _is_library(name: str | None) -> bool:
     return name is None or name.partition(".")[0] in ("torch", "torchlift", "builtins", "numpy")
 
 
-def digest(key: Hashable) -> str:
-    """A hash of a key's content, the same in every process that runs the same code."""
-    return hashlib.sha256(_text(key).encode()).hexdigest()
+def digest(key: Hashable, by_address: bool = True) -> str:
+    """A hash of a key's content, the same in every process that runs the same code.
+
+    What has no content that can be told is told by its address, for as long as it lives; or is refused.
+
+    Raises:
+        UnsupportedError: there is such a thing, and ``by_address`` is False.
+    """
+    text = _text(key)
+    if not by_address and _ADDRESS in text:
+        raise UnsupportedError("a plain value can only be told by its address")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_ADDRESS = "\0"
 
 
 def _text(value: Any) -> str:
@@ -281,8 +300,10 @@ def _text(value: Any) -> str:
         return _source(value)
     if isinstance(value, ATOMS):
         return f"{type(value).__name__}:{value!r}"
+    if isinstance(value, types.BuiltinFunctionType) and (value.__self__ is None or inspect.ismodule(value.__self__)):
+        return f"builtin {value.__module__}.{value.__qualname__}"
     # By address, true in this process only: another one compiles anew, which is slow and never wrong.
-    return f"{type(value).__qualname__}@{id(value)}"
+    return f"{type(value).__qualname__}{_ADDRESS}{id(value)}"
 
 
 _sources: Counter[str] = Counter()  # how many classes have this source

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
-from torchlift.alike import attributes, difference
+from torchlift.alike import difference
 from torchlift.changes import Update
-from torchlift.copies import Written
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
@@ -32,13 +31,14 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.pack import Packed
+from torchlift.scanned import Scanned, scanned_places
 from torchlift.stacking import listed
 from torchlift.transforms.compiling import Static, constant, fleshed, register, skeleton, static_of, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
 from torchlift.transforms.profiling import names_of, traced_names, traced_names_within
 from torchlift.transforms.remat import remat
-from torchlift.unread import ReadError, Scanned
 from torchlift.variables import Variable
+from torchlift.written import Written
 
 
 class ScanLayers(nn.ModuleList):
@@ -122,17 +122,13 @@ class ScanLayers(nn.ModuleList):
         """What a graph of torch.compile that runs the layers reads of them at each call."""
         return enrolment(self, list(self), _call_layer, self.scanned_attributes)
 
-    def sees(self, value: Any, names: set[str]) -> bool:
-        """Whether a write to ``names`` of ``value``, of which Dynamo only takes note, would change the enrolment."""
-        return sees(list(self), value, names)
+    sees = sees
 
     def _run_enrolled(self, x: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
         """While Dynamo traces: the call, in a graph that does not hold the layers; None where it must."""
         read = _compat.read_at_each_call(self)
-        if read is None or not read[0]:
-            return None
-        key = _compat.ask(self, "_enrol", skeleton(x), skeleton(args), skeleton(kwargs))
-        if not key:
+        known = read is not None and read[0]
+        if not (known and (key := _compat.ask(self, "_enrol", skeleton(x), skeleton(args), skeleton(kwargs)))):
             return None
         carry = _tree.flatten(x)[0]
         consts = [constant(leaf) for leaf in _tree.flatten((args, kwargs))[0]]
@@ -154,11 +150,11 @@ class ScanLayers(nn.ModuleList):
             call.scan(all_given=False)
             return call
 
-        call = make(self)
-        leaves = call.packed[0].leaves
-        if call.attributes or any(isinstance(leaf, (nn.Module, Variable)) for leaf in leaves):
-            return ""
         try:
+            call = make(self)
+            leaves = call.packed[0].leaves
+            if call.attributes or any(isinstance(leaf, (nn.Module, Variable)) for leaf in leaves):
+                return ""
             call.check_hidden()
             row = Row.of(call.parts([(packed.tensors, []) for packed in call.packed]))
             key = fingerprint.digest((call.key(), self.policy, row.metas))
@@ -245,7 +241,7 @@ class _Call:
     def run(self) -> Any:
         layers, first = self.layers, self.packed[0]
         if _compat.is_compiling():
-            self.attributes = attributes(first, layers.scanned_attributes)
+            self.attributes = scanned_places(first, layers.scanned_attributes)
         else:
             self.scan(all_given=layers.compile_options is False)
         found: Any
@@ -281,11 +277,14 @@ class _Call:
                 self.scanned.require_unread()
                 written.note(change.entry for y in found for change in static_of(y[3]).meta.changes)
                 written.require_apart(self.shared)
-        except (CarryError, ReadError, UnsupportedError) as error:
+        except Exception as error:
+            again = not _compat.is_compiling() and self.scanned.learn()  # whatever the body made of a ReadError
+            if not again and not isinstance(error, (CarryError, UnsupportedError)):
+                raise
             if states is not None:  # what the first layers drew is drawn again
                 rng.write_states(states[0])
                 rng.rewind(states[1])
-            if self.scanned.learn():
+            if again:
                 return self.run()
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             record(Report(layers.label, "plain", str(error)))

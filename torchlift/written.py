@@ -27,8 +27,8 @@ class Written:
         report = last_report()
         if self.call is None or report is None or report.path != "compiled":
             return  # what the plain loop writes may depend on values
+        _changes.pop(self.call, None)
         _changes[self.call] = self.known
-        _changes.move_to_end(self.call)
         while len(_changes) > SIGNATURES:
             _changes.popitem(last=False)
 

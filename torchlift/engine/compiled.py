@@ -94,6 +94,7 @@ def clear_cache() -> None:
         _families.clear()
         compilations.clear()
         _constants.clear()
+        spans.forget()
 
 
 def environment(key: Hashable) -> tuple[Hashable, ...]:

@@ -30,7 +30,7 @@ from torchlift.engine.structure import decode, encode, mutable
 from torchlift.engine.trees import Parts, split
 from torchlift.errors import RandomnessError, TorchliftCompileWarning
 
-_bodies: dict[str, tuple[Callable[[], Body], Any, Row | None]] = {}  # what makes a body, its remat policy, its row
+_bodies: dict[str, tuple[Callable[..., Body], Any, Row | None]] = {}  # what makes a body, its remat policy, its row
 _sites = itertools.count()
 _outputs: dict[int, Any] = {}  # structure of a call's results, by call site; read once, while tracing
 _warned: set[str] = set()
@@ -38,12 +38,12 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def register_body(
-    key: str, factory: Callable[[], Body], policy: Callable[..., Any] | None = None, row: Row | None = None
+    key: str, factory: Callable[..., Body], policy: Callable[..., Any] | None = None, row: Row | None = None
 ) -> str:
     """Makes the body that ``factory`` builds known under ``key``, a hash of its content; returns ``key``.
 
     ``policy`` is that of ``remat``, if it is one, and ``row`` says what enrolled xs are like; the key tells these from
-    others. Called while Dynamo traces, from a function under ``torch.compiler.assume_constant_result``.
+    others. ``factory`` may be given the holder of what is enrolled. Called while Dynamo traces, from what it does not.
     """
     _bodies[key] = factory, policy, row
     return key
@@ -79,7 +79,7 @@ def opaque_run(
     """:func:`torchlift.engine.run.run` for code that Dynamo traces; ``key`` is that of :func:`register_body`.
 
     ``refused``, if given, is the message of the error that a body raises if it draws. ``names`` are the names of the
-    roots, apart by spaces, for each iteration or once for all: what a graph holds of the names of a body.
+    roots, one in a line, for each iteration or once for all: what a graph holds of the names of a body.
 
     Trees are of dicts, lists, tuples and named tuples. Of a policy given as ``remat`` only that it is there counts;
     the one that was registered with the body is used.
@@ -126,7 +126,9 @@ def _in_graph(
     refused: str | None, names: tuple[str, ...], consts: Tree, carry: Tree, xs: Tree,
 ) -> list[torch.Tensor]:  # fmt: skip
     factory, policy, row = _bodies[key]
-    body = factory()
+    # A graph that is not compiled any further calls this each time, and serves others than whom it was traced with.
+    live = enrolled and not _compat.is_traced(xs[0])
+    body = factory(roster_of(xs[0]).holder()) if live else factory()
     consts, carry, xs = mutable((consts, carry, xs))
     settings = dict(options)
     if settings["remat"] == "policy":
@@ -138,7 +140,7 @@ def _in_graph(
     flat_consts, flat_carry = split(consts), split(carry)
     flat_xs = [] if enrolled else [split(xs)] if stacked else [split(x) for x in xs]
     tensors = [*flat_consts[0], *flat_carry[0], *(t for x, _ in flat_xs for t in x)]
-    if (tensors or enrolled) and not any(_compat.is_traced(t) for t in (*tensors, *(xs if enrolled else ()))):
+    if live or (tensors and not any(_compat.is_traced(t) for t in tensors)):
         from torchlift.engine.run import run
 
         if row is not None:

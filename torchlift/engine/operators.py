@@ -14,7 +14,7 @@ from torchlift.engine.capture import like_strided
 from torchlift.engine.handles import Handle, graph_inputs, handle_named, inverse
 from torchlift.engine.node import Residuals, run_backward, run_forward
 from torchlift.engine.plan import Program
-from torchlift.engine.roster import roster_of
+from torchlift.engine.roster import check_version, roster_of
 from torchlift.engine.spans import Names
 
 
@@ -73,30 +73,25 @@ def laid_out(handle: Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _names(names: list[str]) -> Names | None:
-    """What the roots are called: a string of names for each iteration, or one for all of them."""
-    return (lambda index: names[index % len(names)].split()) if names else None
+    """What the roots are called: a string of names, one in a line, for each iteration, or one for all."""
+    return (lambda index: names[index % len(names)].split("\n")) if names else None
 
 
-def _with_rows(handle: Handle, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-    """Inputs as the graphs expect them, those of a roster among them, and its version."""
+def _with_rows(handle: Handle, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Inputs as the graphs expect them, those of a roster among them."""
     found = laid_out(handle, tensors)
     if handle.row is None:
-        return found, 0
+        return found
     end = sum(handle.spec.counts[:2])
-    roster = roster_of(tensors[end])
-    return found[:end] + roster.tensors, roster.version
+    return found[:end] + roster_of(tensors[end]).tensors
 
 
 def _forward(
     on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int, names: list[str]
 ) -> list[torch.Tensor]:
     handle = handle_named(name)
-    inputs, version = _with_rows(handle, tensors)
-    outs, kept, _ = run_forward(handle.plan, inputs, _names(names))
-    if not handle.spec.train:
-        return outs
-    versions = [] if handle.row is None else [torch.tensor(version)]
-    return [*outs, *_stacked_residuals(handle.program, kept), *versions]
+    outs, kept, _ = run_forward(handle.plan, _with_rows(handle, tensors), _names(names))
+    return outs + _stacked_residuals(handle.program, kept) if handle.spec.train else outs
 
 
 def _stacked_residuals(program: Program, kept: Residuals) -> list[torch.Tensor]:
@@ -155,14 +150,9 @@ def _backward(
 ) -> list[torch.Tensor]:  # fmt: skip
     handle = handle_named(name)
     plan, program = handle.plan, handle.program
-    inputs, version = _with_rows(handle, tensors)
+    inputs = _with_rows(handle, tensors)
     if handle.row is not None:
-        *kept, before = kept
-        if int(before) != version:  # as autograd says it of the tensors that it keeps
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                "parameter of the layers was written after they ran; write it after backward()"
-            )
+        check_version(tensors[sum(handle.spec.counts[:2])])
     flags = program.requires_grad[: program.carries + program.ys[0].tensors]
     parts = iter(grads)
     given = [next(parts) if flag else None for flag in flags]
@@ -221,8 +211,6 @@ def _fake_forward(
             else:
                 found.append(torch.empty(count, dtype=torch.int64))
     found += [torch.empty((count, n), dtype=torch.uint8) for n in handle.state_sizes]
-    if handle.row is not None:
-        found.append(torch.empty((), dtype=torch.int64))
     return found
 
 

@@ -25,16 +25,16 @@ from torchlift import _compat
 
 @dataclass(frozen=True)
 class Enrolled:
-    """In a graph, what stands for a list of xs: the :meth:`Roster.inputs`."""
+    """In a graph, what stands for a list of xs: a ticket, then stand-ins."""
 
     inputs: Sequence[Tensor]
 
 
 class Roster:
-    """The tensors of layers: a row for each layer, all of one form."""
+    """The tensors of layers: a row for each layer, all of one form. ``holder`` is what has the layers."""
 
-    def __init__(self, rows: Sequence[Sequence[Tensor]]):
-        self.rows = rows
+    def __init__(self, rows: Sequence[Sequence[Tensor]], holder: object):
+        self.rows, self.holder = rows, weakref.ref(holder)
         self.number = next(_numbers)
         _rosters[self.number] = self
 
@@ -48,19 +48,29 @@ class Roster:
         """A number that is another one after each write into any of them."""
         return sum(map(_compat.version, self.tensors))
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What a graph gets: the ticket, then a stand-in for each column in which some tensor wants a gradient."""
-        ticket: Any = torch.tensor(self.number)
-        ticket.roster = self  # which lives as long as anything that may still ask for it: see also _StandIns
-        columns = [column for column in zip(*self.rows) if any(tensor.requires_grad for tensor in column)]
-        if not columns:
-            return (ticket,)
-        # Whatever the mode of the caller: a graph may change it, and change it back, before it calls the layers.
-        with torch.inference_mode(False), torch.enable_grad():
-            standins = _StandIns.apply(self, *(tensor for column in columns for tensor in column))
-        for tensor in standins:
-            _compat.mark_static(tensor)  # or a second depth is taken for a size that changes
-        return (ticket, *standins)
+
+# What a graph gets of one is made without regard to the mode of the caller: a graph may change that, and change it
+# back, before it calls the layers.
+
+
+def ticket_for(roster: Roster, version: int) -> Tensor:
+    """A tensor by which an operator finds the roster, and knows which version of it was meant."""
+    with torch.inference_mode(False):
+        ticket: Any = torch.tensor([roster.number, version], device="cpu")
+    ticket.roster = roster  # which lives as long as anything that may still ask for it: see also _StandIns
+    return ticket
+
+
+def stand_ins(roster: Roster) -> tuple[Tensor, ...]:
+    """One for each column in which some tensor wants a gradient."""
+    columns = [column for column in zip(*roster.rows) if any(tensor.requires_grad for tensor in column)]
+    if not columns:
+        return ()
+    with torch.inference_mode(False), torch.enable_grad():
+        made = _StandIns.apply(roster, *(tensor for column in columns for tensor in column))
+    for tensor in made:
+        _compat.mark_static(tensor)  # or a second depth is taken for a size that changes
+    return tuple(made)
 
 
 _numbers = itertools.count()
@@ -68,8 +78,27 @@ _rosters: weakref.WeakValueDictionary[int, Roster] = weakref.WeakValueDictionary
 
 
 def roster_of(ticket: Tensor) -> Roster:
-    """The roster that a ticket is for."""
-    return _rosters[int(ticket)]
+    """The roster that a ticket is for.
+
+    Raises:
+        RuntimeError: there is none any more: a hook on saved tensors copied the ticket, and the layers got others.
+    """
+    roster = _rosters.get(int(ticket[0]))
+    if roster is None:
+        raise RuntimeError(
+            "the parameters of the layers were replaced while a backward waited for them, under hooks on saved tensors "
+            "(save_on_cpu, say); replace them after backward()"
+        )
+    return roster
+
+
+def check_version(ticket: Tensor) -> None:
+    """Refuses tensors that were written since the ticket was made, as autograd refuses them among those it saved."""
+    if int(ticket[1]) != roster_of(ticket).version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+            "parameter or buffer of the layers was written after they ran; write it after backward()"
+        )
 
 
 class _StandIns(torch.autograd.Function):

@@ -328,7 +328,7 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
             at += unroll
     chunks += [(single, range(i, i + 1)) for i in range(at, length)]
     plan = _plan(job, chunks, order, closures, [template] * length, True, _pieces(job.options))
-    outs = _call(plan, job.names, [*job.consts, *closures, *job.carry, *leaves])
+    outs = _call(plan, job.names if single.marks else None, [*job.consts, *closures, *job.carry, *leaves])
     _report(job, chunks[0][0], int(single.bw is not None))
     carries = len(job.carry)
     return job.carry_template.fill(list(outs[:carries])), Stacked(single.ys[0].fill(list(outs[carries:])))

@@ -118,6 +118,11 @@ def enable(wanted: bool) -> None:
     _enabled = wanted
 
 
+def forget() -> None:
+    """Forgets which bodies have optional spans."""
+    _asking.clear()
+
+
 def met_optional() -> None:
     """An optional named call was met."""
     _local.met_optional = True

@@ -67,4 +67,4 @@ def register(
 ) -> str:
     """Makes the body that ``make(*owners)`` builds known to the engine under ``key``; returns ``key``."""
     found = [weakref.ref(owner) for owner in owners]  # the engine keeps what it knows; it shall not keep the model
-    return register_body(key, lambda: make(*[owner() for owner in found]), policy, row)
+    return register_body(key, lambda *others: make(*(others or [owner() for owner in found])), policy, row)

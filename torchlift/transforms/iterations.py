@@ -239,7 +239,7 @@ class Iterations:
                 refused = dict(packed.refused).get(rng.DROPOUT)
                 (state, leaves), ys = opaque_run(
                     known, consts, carry, xs, length, compile=compile, refused=refused,
-                    names=[" ".join(self.names())], **options
+                    names=["\n".join(self.names())], **options
                 )  # fmt: skip
             else:
                 body = loop.Body(self.body, self.label, self.label)

@@ -88,7 +88,7 @@ def names_of(roots: Sequence[nn.Module]) -> tuple[str, ...]:
 
 
 def traced_names(*calls: Sequence[nn.Module]) -> list[str]:
-    """As :func:`names_of` for each of many calls, while Dynamo traces; the names of one apart by spaces.
+    """As :func:`names_of` for each of many calls, while Dynamo traces; the names of one in lines.
 
     Dynamo would take long to look for each among all modules.
     """
@@ -114,7 +114,7 @@ def _names_within(names: list[str], holder: nn.ModuleList, *modules: nn.Module) 
 def _names_in(names: list[str], counts: list[int], *modules: nn.Module) -> list[str]:
     opened = tuple(zip(modules, names))
     roots = iter(modules[len(names) :])
-    return [" ".join(_name(next(roots), opened) for _ in range(count)) for count in counts]
+    return ["\n".join(_name(next(roots), opened) for _ in range(count)) for count in counts]
 
 
 def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[..., Any]:
@@ -220,7 +220,7 @@ def enable_named_call() -> None:
     """Labels every call of every module in profiler traces, until :func:`disable_named_call`.
 
     Code that is compiled keeps the labels of :func:`named_call` alone; loops whose bodies have optional ones are
-    compiled once with and once without them.
+    compiled once with and once without them. What ``torch.compile`` has traced keeps those that it met.
 
     Example:
         >>> torchlift.enable_named_call()
