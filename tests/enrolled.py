@@ -24,6 +24,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         y = F.dropout(torch.tanh(self.linear(self.norm(x)) + self.shift), self.p, self.training) * self.scale
+        y = y[..., :]
         return x + y if gain is None else x + y * gain
 
 

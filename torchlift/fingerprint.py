@@ -300,6 +300,8 @@ def _text(value: Any) -> str:
         return _source(value)
     if isinstance(value, ATOMS):
         return f"{type(value).__name__}:{value!r}"
+    if value is Ellipsis or value is NotImplemented:
+        return repr(value)
     if isinstance(value, types.BuiltinFunctionType) and (value.__self__ is None or inspect.ismodule(value.__self__)):
         return f"builtin {value.__module__}.{value.__qualname__}"
     # By address, true in this process only: another one compiles anew, which is slow and never wrong.
