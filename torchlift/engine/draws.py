@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,11 +23,18 @@ def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
     return tuple(sorted(found, key=str))
 
 
+# torch wraps the state while it holds the generator's mutex. If that runs the garbage collector, and so Python, another
+# thread may get the interpreter and wait for the mutex with it, for good; here it waits outside of the interpreter.
+_reading = threading.RLock()
+
+
 def read_states(devices: tuple[torch.device, ...]) -> States:
     """The states of the default generators of ``devices``."""
-    return tuple(
-        (d, torch.get_rng_state() if d.type == "cpu" else torch.get_device_module(d).get_rng_state(d)) for d in devices
-    )
+    with _reading:
+        return tuple(
+            (d, torch.get_rng_state() if d.type == "cpu" else torch.get_device_module(d).get_rng_state(d))
+            for d in devices
+        )
 
 
 def write_states(states: States) -> None:
