@@ -87,6 +87,15 @@ def test_an_attribute_that_is_not_read_makes_no_graph_of_its_own() -> None:
     assert [(r.path, r.compilations) for r in torchlift.explain(scanned, x)] == [("compiled", 1)]
 
 
+def test_the_loops_of_a_compiled_model_are_explained_too() -> None:
+    scanned, x = numbered(), torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), scanned)
+    for compiled in (torch.compile(model, backend="aot_eager"), torch.compile(scanned, backend="aot_eager")):
+        assert [report.path for report in torchlift.explain(compiled, x)] == ["compiled"]
+    model.compile(backend="aot_eager")
+    assert [report.path for report in torchlift.explain(model, x)] == ["compiled"]
+
+
 @pytest.mark.parametrize("way", ["compare", "text", "type", "caught", "other error"])
 def test_an_attribute_that_is_read_is_given(way: str) -> None:
     scanned, x = numbered(), torch.randn(3, 4)

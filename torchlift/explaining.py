@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torchlift import rng
+from torchlift import _compat, rng
 from torchlift.applying import apply
 from torchlift.engine.run import Report, listen
 
@@ -47,7 +47,8 @@ class Explanation:
 def explain(module: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Tells which path each loop of a call takes, and why: compiled, plain, or index by index.
 
-    The module is run once, and left as it was; so are the random generators.
+    The module is run once, and left as it was; so are the random generators. What is under ``torch.compile`` runs as it
+    is: there a loop is an operator of a graph, which tells nothing.
 
     Args:
         module: a module, lifted or with lifted modules in it.
@@ -66,7 +67,7 @@ def explain(module: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     before = rng.default_states()
     try:
-        with listen() as reports:
+        with listen() as reports, _compat.dynamo_off():
             apply(module, {}, *args, mutable=True, **kwargs)
     finally:
         rng.write_states(before)
