@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from enrolled import Graphs, Model
 from torch import nn
 
+from torchlift import _compat
 from torchlift.engine.loop import Body
 from torchlift.engine.run import last_report, run
 
@@ -59,7 +61,36 @@ def work(rank: int, path: str) -> None:
     os._exit(0)
 
 
+def work_inside_compile(rank: int, path: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model, xs = Model(5).eval(), torch.randn(2, 3, 4)
+    sum(model.loop(x).square().mean() for x in xs).div(2).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    graphs = Graphs()
+    around = torch.compile(nn.parallel.DistributedDataParallel(model), backend=graphs)
+    within = nn.parallel.DistributedDataParallel(torch.compile(model, backend=graphs, fullgraph=True))
+    for call in (around, around, within, within):
+        model.zero_grad()
+        call(xs[rank]).square().mean().backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-12, atol=1e-12)
+    assert all(count < 16 for count in graphs.inputs)
+    dist.barrier()
+    os._exit(0)  # see above
+
+
+NEEDS_GLOO = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@NEEDS_GLOO
+@pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)
+def test_gradients_of_layers_that_no_graph_holds_are_reduced(tmp_path):
+    torch.multiprocessing.spawn(work_inside_compile, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.mark.slow
+@NEEDS_GLOO
 def test_gradients_are_reduced_layer_by_layer(tmp_path):
     torch.multiprocessing.spawn(work, args=(str(tmp_path / "store"),), nprocs=2)
