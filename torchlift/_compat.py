@@ -8,6 +8,7 @@ import inspect
 import itertools
 import re
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -632,6 +633,7 @@ def mapped_axes(tensor: torch.Tensor) -> list[MappedAxis]:
 
 _compiled_apart = itertools.count()
 _NO_LIMIT = 1 << 30
+_one_at_a_time = threading.RLock()
 
 
 def compile_apart(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -647,8 +649,9 @@ def compile_apart(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return torch.compile(copy, **options)
     compiled: Any = torch.compile(copy, **options)
 
-    def run(*args: Any) -> Any:  # torch 2.11, where the limit is one for all
-        with torch._dynamo.config.patch(recompile_limit=_NO_LIMIT):
+    # torch 2.11, where the limit is one for all, and no thread may call what is compiled while another one traces.
+    def run(*args: Any) -> Any:
+        with _one_at_a_time, torch._dynamo.config.patch(recompile_limit=_NO_LIMIT):
             return compiled(*args)
 
     return run
