@@ -16,15 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import torchlift
 from torchlift import _compat
 
-pytestmark = pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)
-
-
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    torch._dynamo.reset()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = [
+    pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED),
+    pytest.mark.usefixtures("float64"),
+]
 
 
 class Writes(Model):

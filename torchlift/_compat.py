@@ -747,6 +747,20 @@ def was_written_in_trace(tensor: torch.Tensor) -> bool:
 _seen = [False]  # what was looked for last; Dynamo traces one frame at a time
 
 
+def _look_for_writes(trace: Any) -> None:
+    _seen[0] = version(trace.get_local("tensor").as_fake()) > 0
+
+
+def _writes_seen() -> bool:
+    return _seen[0]
+
+
+_writes_seen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
+
+
+# --- layers that no graph holds: what only a trace of Dynamo can tell -------------------------------------------------
+
+
 def read_at_each_call(owner: torch.nn.Module) -> Any:
     """While Dynamo traces: ``owner.enrolment``, which the graph reads again, and compares, at each call; or None.
 
@@ -814,11 +828,10 @@ def _read_at_each_call(trace: Any) -> None:
 
 def _written(side_effects: Any) -> Iterator[tuple[Any, set[str]]]:
     """What the trace has written so far of what is older than it: objects (None for globals), and the names in them."""
+    from torch._dynamo.variables import NewGlobalVariable
     from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 
     existing = (AttributeMutationExisting, ValueMutationExisting)
-    from torch._dynamo.variables import NewGlobalVariable
-
     older = dict(zip(map(id, side_effects.keepalive), side_effects.keepalive))
     for at, variable in side_effects.id_to_variable.items():
         if isinstance(variable.mutation_type, existing) and side_effects.is_modified(variable):
@@ -864,14 +877,3 @@ def _require_unwritten(trace: Any) -> None:
             raise RestartAnalysis(restart_reason="a tensor of layers is written in the graph that runs them")
 
     tx.output.add_graph_finalizer(look)
-
-
-def _look_for_writes(trace: Any) -> None:
-    _seen[0] = version(trace.get_local("tensor").as_fake()) > 0
-
-
-def _writes_seen() -> bool:
-    return _seen[0]
-
-
-_writes_seen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it

@@ -122,7 +122,7 @@ class ScanLayers(nn.ModuleList):
         """What a graph of torch.compile that runs the layers reads of them at each call."""
         return enrolment(self, list(self), _call_layer, self.scanned_attributes)
 
-    sees = sees
+    sees = sees  # asked by the trace, which knows the layers by what holds them
 
     def _run_enrolled(self, x: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
         """While Dynamo traces: the call, in a graph that does not hold the layers; None where it must."""
