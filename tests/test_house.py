@@ -37,6 +37,7 @@ ROWS = [
     ["lifting.py", "axes.py"],
     ["norm.py", "sharding.py", "state_dict.py", "explaining.py"],
     ["transforms/*"],
+    ["layer_calls.py"],
     ["scan_layers.py"],
     ["__init__.py"],
 ]

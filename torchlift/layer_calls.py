@@ -1,0 +1,88 @@
+"""A call of layers in order, one by one: the definition of what :func:`torchlift.scan_layers` does."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from torchlift import _compat, _tree, fingerprint
+from torchlift.pack import Packed
+from torchlift.transforms.remat import remat
+
+
+def call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return layer(x, *args, **kwargs)
+
+
+class LayersCall:
+    """One call of the layers."""
+
+    def __init__(self, layers: Any, x: Any, args: Any, kwargs: Any):  # layers: a ScanLayers, which stands above
+        self.layers, self.x, self.args, self.kwargs = layers, x, args, kwargs
+        first = Packed(call_layer, layers[0], (x, *args), kwargs, layers.label)
+        first.allow(lambda collection: True, str)
+        self.packed = [first, *(first.beside(layer) for layer in list(layers)[1:])]
+        self.carry, self.carry_spec = _tree.flatten(x)
+
+    def why_plain(self) -> tuple[str | None, bool]:
+        """Why the layers must be called one by one in Python (None: they need not), and whether to warn of it."""
+        if _compat.is_compiling() and self.packed[0].nested:
+            return "inside another transform inside torch.compile", False
+        if not _compat.is_compiling() and self.has_hooks:  # Dynamo is slow at it: there, _register looks for them
+            return "a layer has hooks", False
+        if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
+            return "layers share a buffer", False
+        if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
+            return "some layers are in training mode and some are not", False
+        return fingerprint.opaque(self.packed[0].leaves), True
+
+    @property
+    def has_hooks(self) -> bool:
+        return any(packed.has_hooks(skip_root=False) for packed in self.packed)
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """The buffers, by their number, that are those of another layer too: a layer sees what one before it wrote."""
+        owners = Counter(
+            id(tensor) for packed in self.packed for tensor in {packed.tensors[at] for at in packed.buffers}
+        )
+        return frozenset(at for packed in self.packed for at in packed.buffers if owners[id(packed.tensors[at])] > 1)
+
+    def plain(self) -> Any:
+        """The definition; when a layer raises, what those before it changed is put back."""
+        if _compat.is_compiling() or self.packed[0].nested:
+            return self._in_order()
+        before = [(packed, packed.snapshot()) for packed in self.packed]
+        try:
+            return self._in_order()
+        except BaseException:
+            for packed, values in before:
+                packed.put_back(values)
+            raise
+
+    def _in_order(self) -> Any:
+        out: Any = None
+        x = self.x
+        for packed in self.packed:
+            out = self._callable(packed)(x, *self.args, **self.kwargs)
+            x = out[0] if isinstance(out, tuple) else out
+        return out
+
+    def _callable(self, packed: Packed) -> Callable[..., Any]:
+        """A layer, rematerialised if layers are: each by itself, whatever ``every`` and ``lengths`` say."""
+        layer = packed.nodes[0].module
+        how = self.layers.options()["remat"]
+        if how is None:
+            return layer
+        policy = None if how is True else how
+        if _compat.is_compiling() or not packed.has_hooks(skip_root=False):
+            return functools.partial(remat(call_layer, policy=policy), layer)
+        # Its own hooks run around, once: those of FSDP gather the parameters that the rest then sees.
+        lifted = remat(type(layer), policy=policy)
+        again = object.__new__(lifted)
+        object.__setattr__(again, "__dict__", layer.__dict__)
+        return again
