@@ -799,9 +799,12 @@ def _ask(trace: Any) -> None:
         tx.symbolic_locals["answer"] = ConstantVariable.create(answer)
 
 
-def require_unwritten(owner: torch.nn.Module) -> None:
-    """While Dynamo traces: makes it trace anew, with :func:`read_at_each_call` None, if the graph writes ``owner``."""
-    torch._dynamo.comptime.comptime(_require_unwritten)
+def require_apart(owner: torch.nn.Module, writes: bool) -> None:
+    """While Dynamo traces: makes it trace anew, with :func:`read_at_each_call` None, if the graph writes ``owner``.
+
+    An operator that ``writes`` its buffers does so unseen: there, if the graph holds them at all, or other layers do.
+    """
+    torch._dynamo.comptime.comptime(_require_apart)
 
 
 _written_by_graphs: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -857,12 +860,22 @@ def _wrote(trace: Any) -> None:
         tx.symbolic_locals["found"] = ConstantVariable.create(True)
 
 
-def _require_unwritten(trace: Any) -> None:
+def _require_apart(trace: Any) -> None:
     from torch._dynamo.exc import RestartAnalysis
 
     tx = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     owner = tx.symbolic_locals["owner"].realize().value
     storages = {tensor.untyped_storage()._cdata for tensor in (*owner.parameters(), *owner.buffers())}
+    writes = trace.get_local("writes").as_python_constant()
+    buffers = {tensor.untyped_storage()._cdata for tensor in owner.buffers()} if writes else set()
+
+    def start_again() -> None:
+        _written_by_graphs.add(owner)
+        tx.speculation_log.clear()
+        raise RestartAnalysis(restart_reason="a tensor of layers is written in the graph that runs them")
+
+    if writes and inside_checkpoint():  # which would run the write once more
+        start_again()
 
     def look(graph: torch.fx.GraphModule) -> None:
         """Fake tensors count writes; at the end of the trace, for those that come after the layers ran."""
@@ -871,9 +884,11 @@ def _require_unwritten(trace: Any) -> None:
         # Writes by way of ``.data``, or a new ``.data``, are counted elsewhere.
         hidden = ("_get_data_attr", "_lower_version_count_by_1", "set_", "detach_")
         uncounted = any(getattr(node.target, "__name__", node.target) in hidden for node in graph.graph.nodes)
-        if any(uncounted or argument.fake_tensor._version for argument in given):
-            _written_by_graphs.add(owner)
-            tx.speculation_log.clear()
-            raise RestartAnalysis(restart_reason="a tensor of layers is written in the graph that runs them")
+        others = {getattr(fn, "owner", owner) for fn in tx.output.register_finalizer_fns} - {owner}
+        held = {a.example.untyped_storage()._cdata for a in given}
+        held |= {tensor.untyped_storage()._cdata for other in others for tensor in other.buffers()}
+        if held & buffers or any(uncounted or argument.fake_tensor._version for argument in given):
+            start_again()
 
+    look.owner = owner  # type: ignore[attr-defined]
     tx.output.add_graph_finalizer(look)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +31,10 @@ class _Known:
     digest: str
     roster: Roster
     stand_ins: tuple[Tensor, ...]
-    version: int
-    ticket: Tensor
 
     @property
     def enrolment(self) -> tuple[Any, ...]:
-        version = self.roster.version
-        if version != self.version:
-            self.version, self.ticket = version, ticket_for(self.roster, version)
-        return (self.digest, self.ticket, *self.stand_ins)
+        return (self.digest, ticket_for(self.roster), *self.stand_ins)
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -78,12 +74,11 @@ def enrolment(
     if not _are_alike(packed, keys[1:], forms):
         return _NONE
     try:
-        digest = fingerprint.digest((keys[0], forms, kinds), by_address=False)
+        digest = fingerprint.digest((keys[0], forms, kinds, sorted(shared_buffers(packed))), by_address=False)
     except UnsupportedError:
         return _NONE
-    roster = Roster(rows, holder)
-    version = roster.version
-    known = _Known(found, digest, roster, stand_ins(roster), version, ticket_for(roster, version))
+    roster = Roster(rows, holder, _uncounted(first))
+    known = _Known(found, digest, roster, stand_ins(roster))
     if all(tensor.grad_fn is None for row in rows for tensor in row):  # what computed them shall not live that long
         _known[holder] = known
     return known.enrolment
@@ -108,6 +103,18 @@ def sees(holder: nn.Module, value: Any, names: set[str]) -> bool:
     own = [each.__dict__[store] for each in inner for store in ("_parameters", "_buffers", "_modules")]
     unknown = isinstance(value, types.CellType)  # the variable of a closure
     return unknown or any(value is each for each in (*inner, *own)) or sees_attributes([holder], value, names)
+
+
+def _uncounted(packed: Packed) -> frozenset[int]:
+    """Which buffers are written as batch_norm does it; see :meth:`Packed.publish`."""
+    norms = [node for node in packed.nodes if isinstance(node.module, _compat.NormBase)]
+    return frozenset(at for node in norms for store, _, at in node.tensors if store == "_buffers")
+
+
+def shared_buffers(packed: Sequence[Packed]) -> frozenset[int]:
+    """The buffers, by their number, that are those of another layer too: a layer sees what one before it wrote."""
+    owners = Counter(id(tensor) for each in packed for tensor in {each.tensors[at] for at in each.buffers})
+    return frozenset(at for each in packed for at in each.buffers if owners[id(each.tensors[at])] > 1)
 
 
 def _stream(rows: Sequence[Sequence[Tensor]]) -> int | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint
+from torchlift.enrolling import shared_buffers
 from torchlift.pack import Packed
 from torchlift.transforms.remat import remat
 
@@ -46,11 +46,7 @@ class LayersCall:
 
     @property
     def shared(self) -> frozenset[int]:
-        """The buffers, by their number, that are those of another layer too: a layer sees what one before it wrote."""
-        owners = Counter(
-            id(tensor) for packed in self.packed for tensor in {packed.tensors[at] for at in packed.buffers}
-        )
-        return frozenset(at for packed in self.packed for at in packed.buffers if owners[id(packed.tensors[at])] > 1)
+        return shared_buffers(self.packed)
 
     def plain(self) -> Any:
         """The definition; when a layer raises, what those before it changed is put back."""

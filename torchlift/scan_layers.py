@@ -135,9 +135,11 @@ class ScanLayers(nn.ModuleList):
         )  # fmt: skip
         if not ys:
             return None
-        _compat.require_unwritten(self)
-        extras, _, _, static = ys[0]
-        return (_tree.unflatten([*carry, *extras], static_of(static).out),)
+        (extras, static), state = ys[0]
+        _compat.require_apart(self, bool(state))
+        if state:
+            torch.ops.torchlift.roster_write(read[1], [stack.detach() for stack in state.values()], list(state))
+        return (_tree.unflatten([*carry, *[stack[-1] for stack in extras]], static_of(static).out),)
 
     def _enrol(self, x: Any, args: Any, kwargs: Any) -> str:
         """As :func:`_register`, for layers that the graph does not hold."""
@@ -154,11 +156,11 @@ class ScanLayers(nn.ModuleList):
                 return ""
             call.check_hidden()
             row = Row.of(call.parts([(packed.tensors, []) for packed in call.packed]))
-            key = fingerprint.digest((call.key(), self.policy, row.metas))
+            key = fingerprint.digest((call.key(), self.policy, row.metas, sorted(call.shared)))
         except UnsupportedError:  # who traces the layers will say so
             return ""
         label = self.label
-        return register(key, [self], lambda layers: Body(make(layers).stateless_body, key, label), self.policy, row)
+        return register(key, [self], lambda layers: Body(make(layers).enrolled_body, key, label), self.policy, row)
 
     def options(self) -> dict[str, Any]:
         """How the engine is to run the loop."""
@@ -292,13 +294,14 @@ class _Call(LayersCall):
         changed = update.changed if first.nested else [value.detach() for value in update.changed]
         return leaves[:count], (leaves[count:], changed, sown, token(Static(spec, sown_spec, update.meta)))
 
-    def stateless_body(self, consts: Any, carry: Any, x: Any) -> Any:
-        """The same, of layers that change nothing: there is no one to publish it."""
-        carry, y = self.body(consts, carry, x)
+    def enrolled_body(self, consts: Any, carry: Any, x: Any) -> Any:
+        """The same, of layers whose tensors are those of a roster: a new value is written where the old one was."""
+        carry, (extras, changed, sown, static) = self.body(consts, carry, x)
         self.scanned.require_unread()
-        if y[1] or y[2]:
-            raise CaptureError("a layer changes its state")
-        return carry, y
+        changes = static_of(static).meta.changes
+        if sown or any(change.how != "copy" or change.entry in self.shared for change in changes):
+            raise CaptureError("a layer changes its state in other ways than to write into buffers of its own")
+        return carry, ((extras, static), {change.entry: new for change, new in zip(changes, changed, strict=True)})
 
 
 @torch.compiler.assume_constant_result

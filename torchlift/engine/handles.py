@@ -85,6 +85,16 @@ class Handle:
     guards: tuple[Any, str | None]
     row: tuple[_Meta, ...] | None  # that of Row, if xs are enrolled
 
+    def __post_init__(self) -> None:
+        # Of enrolled xs, the columns that the loop writes and that its backward reads as they were before.
+        self.kept_columns: dict[int, _Meta] = {}
+        if self.row is not None:
+            y, width = self.program.ys[0], self.spec.x.tensors
+            written = y.fill(range(y.tensors))[1]
+            start = sum(self.spec.counts[:2])
+            read = {(i - start) % width for kind, i in self.program.feeds if kind == "input" and i >= start}
+            self.kept_columns = {at: self.row[at] for at in written if self.plan.pieces or at in read}
+
 
 def handle_named(name: str) -> Handle:
     """The loop of that name."""
@@ -169,7 +179,7 @@ def _in_own_thread(make: Callable[[], Any]) -> Any:
 
 def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
     """Captures and compiles one iteration of ``spec`` and names it."""
-    blanks = [_blank(meta) for meta in metas]
+    blanks = [blank(meta) for meta in metas]
     c, h, _ = spec.counts
     shift = int(spec.stacked)
     one = one_iteration(spec, blanks, None)
@@ -232,7 +242,7 @@ def _no_double_backward(*tensors: torch.Tensor) -> Any:
     raise RuntimeError("a compiled graph is differentiated once")
 
 
-def _blank(meta: _Meta) -> torch.Tensor:
+def blank(meta: _Meta) -> torch.Tensor:
     size, order, dtype, device, _, _ = meta
     return torch.empty([size[d] for d in order], dtype=dtype, device=device).permute(inverse(order))
 
@@ -241,7 +251,7 @@ def one_iteration(spec: Spec, tensors: Sequence[torch.Tensor], row: tuple[_Meta,
     """Consts, carry and the x of one iteration, which is made up if ``tensors`` do not hold it."""
     c, h, width = spec.counts
     if row is not None:
-        return [*tensors[: c + h], *map(_blank, row)]
+        return [*tensors[: c + h], *map(blank, row)]
     xs = tensors[c + h : c + h + width]
     return [*tensors[: c + h], *(t.detach()[0] if spec.stacked else t for t in xs)]
 

@@ -84,7 +84,8 @@ def opaque_run(
     Trees are of dicts, lists, tuples and named tuples. Of a policy given as ``remat`` only that it is there counts;
     the one that was registered with the body is used.
 
-    Of ys only the last one is returned if xs are enrolled, and none if the body cannot be compiled.
+    If xs are enrolled, ys come as a list of one tree, of stacks; and none come if the body cannot be compiled. There y
+    is a pair: what else there is, and a dict of the new state, by the number of a column of the xs.
     """
     site = _new_site()
     stacked = isinstance(xs, Stacked)
@@ -144,9 +145,12 @@ def _in_graph(
         from torchlift.engine.run import run
 
         if row is not None:
-            xs = [Parts(list(found), row.template) for found in roster_of(xs[0]).rows]
+            # What may be written after the loop is copied: autograd keeps the inputs for backward.
+            found = [[t if t.requires_grad else t.clone() for t in tensors] for tensors in roster_of(xs[0]).rows]
+            xs = [Parts(tensors, row.template) for tensors in found]
         out = run(body, consts, carry, Stacked(xs) if stacked else xs, length, compile=compile or True, **settings)
-        return _publish(site, out[0], out[1] if isinstance(out[1], Stacked) or not enrolled else out[1][-1:])
+        ys: Any = out[1]
+        return _publish(site, out[0], [_compat.pytree.tree_map(_stack, *ys)] if enrolled else ys)
     try:
         if any(isinstance(leaf, _SYMBOLIC) for leaf in _compat.pytree.tree_leaves((consts, carry))):
             raise CaptureError("a number among the arguments differs from call to call; pass it as a tensor")
@@ -177,9 +181,13 @@ def _in_graph(
     if stacked:
         return _publish(site, carry, Stacked(y.fill(stacks)))
     if enrolled:
-        return _publish(site, carry, [y.fill([s[-1] for s in stacks])])
+        return _publish(site, carry, [y.fill(stacks)])
     rows = zip(*(s.unbind(0) for s in stacks)) if stacks else [()] * length
     return _publish(site, carry, [y.fill(row) for row in rows])
+
+
+def _stack(*leaves: Any) -> Any:
+    return torch.stack(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0]
 
 
 def _publish(site: int, carry: Tree, ys: Xs) -> list[torch.Tensor]:

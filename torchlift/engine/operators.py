@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchlift.engine.capture import like_strided
-from torchlift.engine.handles import Handle, graph_inputs, handle_named, inverse
+from torchlift.engine.handles import Handle, blank, graph_inputs, handle_named, inverse
 from torchlift.engine.node import Residuals, run_backward, run_forward
 from torchlift.engine.plan import Program
 from torchlift.engine.roster import check_version, roster_of
@@ -91,7 +91,11 @@ def _forward(
 ) -> list[torch.Tensor]:
     handle = handle_named(name)
     outs, kept, _ = run_forward(handle.plan, _with_rows(handle, tensors), _names(names))
-    return outs + _stacked_residuals(handle.program, kept) if handle.spec.train else outs
+    if not handle.spec.train:
+        return outs
+    rows = roster_of(tensors[sum(handle.spec.counts[:2])]).rows if handle.kept_columns else []
+    before = [torch.stack([row[column] for row in rows]) for column in handle.kept_columns]
+    return outs + _stacked_residuals(handle.program, kept) + before
 
 
 def _stacked_residuals(program: Program, kept: Residuals) -> list[torch.Tensor]:
@@ -152,7 +156,10 @@ def _backward(
     plan, program = handle.plan, handle.program
     inputs = _with_rows(handle, tensors)
     if handle.row is not None:
-        check_version(tensors[sum(handle.spec.counts[:2])])
+        start = sum(handle.spec.counts[:2])
+        check_version(tensors[start])
+        for column in reversed(handle.kept_columns):
+            inputs[start + column :: len(handle.row)] = kept.pop().unbind(0)
     flags = program.requires_grad[: program.carries + program.ys[0].tensors]
     parts = iter(grads)
     given = [next(parts) if flag else None for flag in flags]
@@ -211,7 +218,7 @@ def _fake_forward(
             else:
                 found.append(torch.empty(count, dtype=torch.int64))
     found += [torch.empty((count, n), dtype=torch.uint8) for n in handle.state_sizes]
-    return found
+    return found + [many(spec.length, blank(meta)) for meta in handle.kept_columns.values()]
 
 
 def _fake_backward(
@@ -251,6 +258,15 @@ for _name, _tags in (("loop", ()), ("roster", (torch.Tag.cudagraph_unsafe,))):
     _library.impl(f"{_name}_backward", _backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"torchlift::{_name}_forward", _fake_forward, lib=_library)
     torch.library.register_fake(f"torchlift::{_name}_backward", _fake_backward, lib=_library)
+
+
+def _write(ticket: torch.Tensor, stacks: list[torch.Tensor], columns: list[int]) -> None:
+    roster_of(ticket).write(columns, stacks)
+
+
+_library.define("roster_write(Tensor(a!) ticket, Tensor[] stacks, int[] columns) -> ()", tags=_tags)
+_library.impl("roster_write", _write, "CompositeExplicitAutograd")
+torch.library.register_fake("torchlift::roster_write", lambda ticket, stacks, columns: None, lib=_library)
 
 
 def forward(handle: Handle, site: int, names: list[str], tensors: list[torch.Tensor]) -> list[torch.Tensor]:

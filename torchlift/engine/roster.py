@@ -7,11 +7,16 @@ every layer has: a tensor without storage, made outside of the graph, whose grad
 stack the parameters themselves would do as well and copy the model at each call.
 
 Nothing in the graph tells that it reads them. So who makes a roster sees to it that the same graph does not write them.
+
+NOTE [State]. Buffers that layers write, batch statistics say, are written by an operator after the loop. It takes the
+ticket for what it writes into: so it is no dead code, and comes before whatever runs these layers next. A backward that
+reads what such a buffer held gets it from its forward.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,11 +36,15 @@ class Enrolled:
 
 
 class Roster:
-    """The tensors of layers: a row for each layer, all of one form. ``holder`` is what has the layers."""
+    """The tensors of layers: a row for each layer, all of one form. ``holder`` is what has the layers.
 
-    def __init__(self, rows: Sequence[Sequence[Tensor]], holder: object):
-        self.rows, self.holder = rows, weakref.ref(holder)
+    Writes into the columns ``uncounted`` do not count as such, for those that await their backward.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Tensor]], holder: object, uncounted: frozenset[int] = frozenset()):
+        self.rows, self.holder, self.uncounted = rows, weakref.ref(holder), uncounted
         self.number = next(_numbers)
+        self._own_writes, self._lock = 0, threading.RLock()
         _rosters[self.number] = self
 
     @property
@@ -45,18 +54,31 @@ class Roster:
 
     @property
     def version(self) -> int:
-        """A number that is another one after each write into any of them."""
-        return sum(map(_compat.version, self.tensors))
+        """A number that is another one after each write into any of them, but for those of :meth:`write`."""
+        with self._lock:
+            return sum(_compat.versions(self.tensors)) - self._own_writes
+
+    def write(self, columns: Sequence[int], stacks: Sequence[Tensor]) -> None:
+        """Writes the state that a loop left, a stack for each of some columns."""
+        with self._lock:
+            before = self.version
+            for column, stack in zip(columns, stacks, strict=True):
+                targets = [row[column].data if column in self.uncounted else row[column].detach() for row in self.rows]
+                _compat.foreach_copy_(targets, list(stack.unbind(0)))
+            self._own_writes += self.version - before
 
 
 # What a graph gets of one is made without regard to the mode of the caller: a graph may change that, and change it
 # back, before it calls the layers.
 
 
-def ticket_for(roster: Roster, version: int) -> Tensor:
-    """A tensor by which an operator finds the roster, and knows which version of it was meant."""
+def ticket_for(roster: Roster) -> Tensor:
+    """A tensor by which an operator finds the roster, and knows which version of it was meant.
+
+    A new one for each call: one that saved it for its backward is not to see that another call wrote into it.
+    """
     with torch.inference_mode(False):
-        ticket: Any = torch.tensor([roster.number, version], device="cpu")
+        ticket: Any = torch.tensor([roster.number, roster.version], device="cpu")
     ticket.roster = roster  # which lives as long as anything that may still ask for it: see also _StandIns
     return ticket
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ class Template:
     others: tuple[tuple[int, type, Any], ...]  # (position, type, value) of every leaf that is no tensor
     tensors: int
 
-    def fill(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> Tree:
-        """The pytree with ``tensors`` in its slots."""
+    def fill(self, tensors: Iterable[Any]) -> Tree:
+        """The pytree with ``tensors``, or what stands for them, in its slots."""
         if not self.others:
             return pytree.tree_unflatten(list(tensors), self.spec)
         leaves = list(tensors)
