@@ -381,6 +381,9 @@ def versions(tensors: list[torch.Tensor]) -> list[int]:
     """The :func:`version` of each tensor, at a third of the time."""
     if is_compiling():
         return [0] * len(tensors)
+    if not functorch_active():
+        with contextlib.suppress(RuntimeError):  # an inference tensor has none
+            return [tensor._version for tensor in tensors]
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     found = [plain(tensor) if wrapped(tensor) else tensor for tensor in tensors]
     return [-1 if tensor.is_inference() else tensor._version for tensor in found]

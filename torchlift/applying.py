@@ -80,9 +80,11 @@ def apply(
     if mutable is False:
         return out
     updated: dict[str, dict[str, Any]] = {}
-    for entry, tensor, writable in zip(packed.entries, tensors, packed.writable, strict=True):
-        if writable and entry.root == 0:
-            updated.setdefault(entry.collection, {})[entry.name] = tensor
+    writable = packed.writable
+    for collection, places in _names(packed, "named", first=True).items():
+        found = {name: tensors[at] for name, at in places.items() if writable[at]}
+        if found:
+            updated[collection] = found
     for change, value in zip(update.meta.changes, update.changed, strict=True):
         node = packed.nodes[change.node]
         name = packed.entries[change.entry].name if change.how == "copy" else node.dotted(change.key)
@@ -115,15 +117,10 @@ def _method(module: nn.Module, method: Any) -> Callable[..., Any]:
 
 def _overridden(packed: Packed, variables: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
     """The tensor of each entry, those that are given instead of the module's own."""
-    places = None if packed.memory is None else packed.memory.keys.get("places")
-    if places is None:
-        places = {}
-        for at, entry in enumerate(packed.entries):
-            for name, collection in entry.paths if entry.root == 0 else ():
-                places.setdefault(collection, {})[name] = at
-        if packed.memory is not None:
-            packed.memory.keys["places"] = places
     tensors = list(packed.tensors)
+    if not variables:
+        return tensors
+    places = _names(packed, "places", first=False)
     for collection, named in variables.items():
         known = places.get(collection, {})
         for name, tensor in named.items():
@@ -142,6 +139,19 @@ def _overridden(packed: Packed, variables: Mapping[str, Mapping[str, Tensor]]) -
                 )
             tensors[at] = tensor
     return tensors
+
+
+def _names(packed: Packed, what: str, first: bool) -> dict[str, dict[str, int]]:
+    """The number of each variable of the module by collection and name: the ``first`` name, or each that it has."""
+    found: Any = None if packed.memory is None else packed.memory.keys.get(what)
+    if found is None:
+        found = {}
+        for at, entry in enumerate(packed.entries):
+            for place in (entry.places[:1] if first else entry.places) if entry.root == 0 else ():
+                found.setdefault(place.collection, {})[place.name] = at
+        if packed.memory is not None:
+            packed.memory.keys[what] = found
+    return found
 
 
 def _first_name(packed: Packed, name: str) -> str:

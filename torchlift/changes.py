@@ -81,7 +81,8 @@ class Changeable(Collected):
     ) -> None:  # fmt: skip
         """Appends what the body did to the tensors of one module."""
         node = self.nodes[at]
-        known, written = 0, self._written(node, fields, given, bound, counted) if node.has_buffers else ()
+        own = [(key, i) for store, key, i in node.tensors if store == "_buffers" and fields[store].get(key) is bound[i]]
+        known, written = 0, self._written(node, own, given, bound, counted) if own else ()
         for store, key, index in node.tensors:
             if index in self.hidden:
                 continue
@@ -95,7 +96,7 @@ class Changeable(Collected):
                 continue
             self._check_writable(node, key, index, now)
             again = how == "copy" and len(self.entries[index].places) > 1
-            if not again or all(change.entry != index or change.how != "copy" for change in changes):
+            if not again or not _is_noted(changes, index):
                 changes.append(Change(how, at, store, key, index, self.entries[index].collection))
                 values.append(now)
         tensors = (*fields["_parameters"].values(), *fields["_buffers"].values())
@@ -110,24 +111,44 @@ class Changeable(Collected):
                     changes.append(Change("create", at, store, key, -1, collection))
                     values.append(tensor)
 
+    def _read_written(
+        self, given: Sequence[Tensor], bound: list[Tensor], counted: set[int], changes: list[Change],
+        values: list[Tensor],
+    ) -> None:  # fmt: skip
+        """As :meth:`_read_back` for all modules, in which each tensor is in its place."""
+        for at, node in enumerate(self.nodes):
+            # Written, but not counted, are statistics in training alone.
+            if not node.has_buffers or not (counted or node.module.training):
+                continue
+            own = [(key, i) for store, key, i in node.tensors if store == "_buffers" and i not in self.hidden]
+            written = self._written(node, own, given, bound, counted)
+            for key, index in own:
+                if index in written and not (len(self.entries[index].places) > 1 and _is_noted(changes, index)):
+                    self._check_writable(node, key, index, bound[index])
+                    changes.append(Change("copy", at, "_buffers", key, index, self.entries[index].collection))
+                    values.append(bound[index])
+
     def _written(
-        self, node: Node, fields: dict[str, Any], given: Sequence[Tensor], bound: Sequence[Tensor], counted: set[int]
-    ) -> set[int]:
-        """Which buffers of a module, of those that are still in their places, were written; ``counted`` in any case."""
-        own = [i for store, key, i in node.tensors if store == "_buffers" and fields[store].get(key) is bound[i]]
+        self, node: Node, own: Sequence[tuple[str, int]], given: Sequence[Tensor], bound: Sequence[Tensor],
+        counted: set[int],
+    ) -> set[int]:  # fmt: skip
+        """Which of a module's ``own`` buffers, by key and entry, were written; ``counted`` in any case."""
         owner: Any = node.module
         batch_norm = owner.training and _calls_batch_norm(type(owner))
-        statistics = [i for i in own if bound[i].is_floating_point()] if batch_norm else []
+        statistics = [i for _, i in own if bound[i].is_floating_point()] if batch_norm else []
         if _compat.is_compiling():
             written = set()
-            for i in own:
+            for _, i in own:
                 if (i in statistics and self.writable[i]) or _compat.was_written_in_trace(bound[i]):
                     written.add(i)
             return written
         # NOTE [Batch norm]. torch's batch_norm writes the running statistics without counting it in their version. The
         # counter beside them tells, in torch's own layers; elsewhere the values do, or in a transform are taken to.
-        counters = [i for _, name, i in node.tensors if name == "num_batches_tracked"] if batch_norm else []
-        if counters and inspect.unwrap(type(owner).forward).__module__.startswith("torch.nn."):
+        if not statistics:
+            return counted
+        counters = [i for name, i in own if name == "num_batches_tracked"]
+        cls: Any = type(owner)
+        if counters and _is_torchs_own(cls):
             return counted.union(statistics) if any(i in counted for i in counters) else counted
         return counted.union([i for i in statistics if i not in counted and _may_differ(bound[i], given[i])])
 
@@ -195,6 +216,11 @@ def outlives(kind: str, key: str) -> str:
     )
 
 
+def _is_noted(changes: Sequence[Change], index: int) -> bool:
+    """Whether it is among ``changes`` already, by another of its names, that an entry was written."""
+    return any(change.entry == index and change.how == "copy" for change in changes)
+
+
 def _may_differ(now: Tensor, before: Tensor) -> bool:
     unknown = _compat.is_tracing() or _compat.functorch_level(now) >= 0 or now.is_meta
     return unknown or not torch.equal(now, before)
@@ -209,3 +235,9 @@ def _calls_batch_norm(cls: Any) -> bool:
 def _names_batch_norm(cls: Any) -> bool:
     codes = [value.__code__ for base in cls.__mro__ for value in vars(base).values() if hasattr(value, "__code__")]
     return any("batch_norm" in name for code in codes for name in code.co_names)
+
+
+@functools.cache
+def _is_torchs_own(cls: Any) -> bool:
+    """Whether the forward of a class is one of torch's layers."""
+    return inspect.unwrap(cls.forward).__module__.startswith("torch.nn.")

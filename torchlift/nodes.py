@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import types
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -203,9 +203,10 @@ def remember(module: nn.Module, nodes: list[Node], entries: list[Entry], *about:
     return memory
 
 
-def same(some: Iterable[dict[str, Any]], others: Iterable[dict[str, Any]]) -> bool:
+def same(some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:
     """Whether dicts hold the very same objects as others do, in the same order."""
-    for one, other in zip(some, others):
-        if len(one) != len(other) or (one and not all(map(operator.is_, one.values(), other.values()))):
-            return False
-    return True
+    if [*map(len, some)] != [*map(len, others)]:
+        return False
+    # All in one go: a tree has dozens of them, most of them small.
+    held, expected = (chain.from_iterable(map(dict.values, dicts)) for dicts in (some, others))
+    return all(map(operator.is_, held, expected))

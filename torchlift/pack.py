@@ -144,9 +144,12 @@ class Packed(Changeable):
         if self.buffers:
             # Not as inference tensors: no one counts the writes into those.
             with _compat.normal_tensors():
+                plain = not compiling and not _compat.functorch_active()
                 for index in self.buffers:
+                    given = bound[index]
                     # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
-                    bound[index] = bound[index].clone(memory_format=torch.contiguous_format)
+                    easy = plain and given.is_contiguous()  # said without its name, which takes as long as to clone
+                    bound[index] = given.clone() if easy else given.clone(memory_format=torch.contiguous_format)
         versions = _compat.versions([bound[index] for index in self.buffers])
         shadows = self.shadows(bound, self.hidden, self.inside, places or self.places(outermost=False))
         for (at, key), value in (attributes or {}).items():
@@ -182,14 +185,12 @@ class Packed(Changeable):
         assigned = compiling or not same(dicts, before)
         now = _compat.versions([bound[index] for index in self.buffers])
         counted = {index for index, old, new in zip(self.buffers, versions, now) if old != new}
-        if assigned or versions:
+        if assigned:
             for at, own in enumerate(fields):
-                node = self.nodes[at]
-                # Written, but not counted, are statistics in training alone.
-                if assigned or (node.has_buffers and (counted or node.module.training)):
-                    self._read_back(at, own, tensors, bound, counted, changes, values)
-                if assigned:
-                    self._check_attributes(node, own, before[at])
+                self._read_back(at, own, tensors, bound, counted, changes, values)
+                self._check_attributes(self.nodes[at], own, before[at])
+        elif versions:
+            self._read_written(tensors, bound, counted, changes, values)
         self._check_containers(held, shadows)
         sown = [] if frame is None else [(site, value) for site, values in frame.sown.items() for value in values]
         if not changes and not sown:
