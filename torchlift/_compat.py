@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import re
 import sys
 import threading
 import types
@@ -171,11 +170,6 @@ def guards_hold(mode: FakeTensorMode, guards: str | None, tensors: list[torch.Te
     return env.evaluate_guards_expression(guards, blanks)
 
 
-def allow_in_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compiler.allow_in_graph``, which loads the compiler; so only when it is there or needed."""
-    return torch.compiler.allow_in_graph(fn)
-
-
 _stance_outside: list[Any] = []  # what the stance was before a capture changed it
 
 
@@ -323,24 +317,6 @@ def _boxed(compiled: Any) -> Callable[[list[Any]], Any]:
     return lambda inputs: compiled(*inputs)
 
 
-class _Buffer(torch.nn.parameter.UninitializedBuffer):
-    """One that can be copied, as an uninitialised parameter can."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if id(self) not in memo:
-            memo[id(self)] = uninitialised_like(self)
-        return memo[id(self)]
-
-
-UninitializedTensor = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer, _Buffer)
-
-
-def uninitialised_like(tensor: torch.Tensor) -> Any:
-    """A parameter or buffer of the device and dtype of ``tensor`` that waits for its shape."""
-    kind: Any = torch.nn.UninitializedParameter if isinstance(tensor, torch.nn.Parameter) else _Buffer
-    return kind(tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
-
-
 def is_compiling() -> bool:
     """Whether Dynamo is tracing this code."""
     return torch.compiler.is_dynamo_compiling()
@@ -455,16 +431,6 @@ def batched_marker() -> torch.Tensor | None:
     return marker
 
 
-def selective_context(out: Any) -> Any:
-    """What torch gives a checkpointing policy beside the operator and its arguments."""
-    from torch.utils.checkpoint import SelectiveCheckpointContext
-
-    try:
-        return SelectiveCheckpointContext(is_recompute=False, op_output=out)
-    except TypeError:  # torch 2.11
-        return SelectiveCheckpointContext(is_recompute=False)
-
-
 def tracked_alias(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor.detach()`` that shares the count of in-place writes inside of a dispatch mode too."""
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
@@ -495,8 +461,6 @@ def writes_in_place(op: Any) -> bool:
 
 def inductor_copies(op: Any) -> None:
     """Makes Inductor, where it is in use, take ``op(x, ...)`` for a copy of ``x``, which fuses with its neighbours."""
-    import sys
-
     if "torch._inductor.compile_fx" in sys.modules:
         from torch._inductor.lowering import clone, lowerings, register_lowering
 
@@ -570,17 +534,6 @@ def vmap_of_lists(
     with functorch.vmap_increment_nesting(size, randomness) as level:
         rows = [t if d is None else functorch._add_batch_dim(t, d % t.ndim, level) for t, d in zip(tensors, dims)]
         return [functorch._remove_batch_dim(out, level, size, 0) for out in fn(rows)]
-
-
-_WROTE_SHARED = ("vmap: inplace arithmetic", "which will be updated in place, were not batched", "vmap: aten::")
-_TOO_SMALL = re.compile(r"output with shape \[([\d, ]*)\] doesn't match the broadcast shape \[\d+(?:, )?([\d, ]*)\]")
-
-
-def wrote_shared(message: str, shapes: list[torch.Size]) -> bool:
-    """Whether torch says so of a write, under ``vmap``, into a tensor of one of ``shapes`` that is not mapped."""
-    sizes = _TOO_SMALL.search(message)
-    small = sizes is not None and sizes[1] == sizes[2] and sizes[1] in [str(list(shape))[1:-1] for shape in shapes]
-    return small or any(part in message for part in _WROTE_SHARED)
 
 
 # --- rows of mapped axes ------------------------------------------------------------------------------------------
@@ -684,8 +637,7 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_equal(stack: torch.Tensor) -> bool:
     """Whether all slices of ``stack`` along axis 0 are equal; nan equals nan."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(stack):
-        stack = torch._C._functorch.get_unwrapped(stack)
+    stack = plain(stack)
     return bool(((stack == stack[:1]) | ((stack != stack) & (stack[:1] != stack[:1]))).all())
 
 

@@ -14,7 +14,7 @@ from torchlift.errors import UnsupportedError
 from torchlift.nodes import HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
 from torchlift.references import Container, elements
 from torchlift.unread import Unread
-from torchlift.variables import AT, ATTRIBUTE, PARAMS, Variable, collection_of, outer_place
+from torchlift.variables import AT, ATTRIBUTE, PARAMS, UninitializedTensor, Variable, collection_of, outer_place
 
 INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
 _IDLE = "_torchlift_idle"  # an attribute of hooks that do nothing in a body
@@ -148,7 +148,7 @@ class Collected:
         identity = self._identity(tensor)
         index = self._entry_of.get(identity)
         if index is None:
-            if type(tensor) in _compat.UninitializedTensor:
+            if type(tensor) in UninitializedTensor:
                 raise UnsupportedError(
                     f"{self.label}: {node.dotted(key)!r} is not initialised yet; call the lazy module once before "
                     "lifting it, or, if it waits for the size of a stack, give that where it is made: "

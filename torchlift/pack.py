@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ from torchlift.variables import (
     assign_collection,
     sow_at,
 )
+
+# How torch says that it cannot write under ``vmap`` into a tensor that is not mapped.
+_WROTE_SHARED = ("vmap: inplace arithmetic", "which will be updated in place, were not batched", "vmap: aten::")
+_TOO_SMALL = re.compile(r"output with shape \[([\d, ]*)\] doesn't match the broadcast shape \[\d+(?:, )?([\d, ]*)\]")
 
 
 def _how_to_split(stream: str) -> str:
@@ -215,7 +220,11 @@ class Packed(Changeable):
 
     def wrote_shared(self, error: RuntimeError) -> bool:
         """Whether torch says so that under ``vmap`` something was written into a buffer that is not mapped."""
-        return _compat.wrote_shared(str(error), [self.tensors[index].shape for index in self.buffers])
+        message = str(error)
+        sizes = _TOO_SMALL.search(message)
+        shapes = [str(list(self.tensors[index].shape))[1:-1] for index in self.buffers]
+        small = sizes is not None and sizes[1] == sizes[2] and sizes[1] in shapes
+        return small or any(part in message for part in _WROTE_SHARED)
 
     def _explain_write(self, error: RuntimeError) -> None:
         """batch_norm refuses to write statistics that lack the axis of an outer ``vmap``, before publish can."""

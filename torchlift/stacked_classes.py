@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchlift import _compat, metadata, rng
+from torchlift import metadata, rng
 from torchlift.errors import AxisError, StateDictError
 from torchlift.references import become
 from torchlift.stacking import (
@@ -26,6 +26,7 @@ from torchlift.stacking import (
     module_at,
     sizes_of,
 )
+from torchlift.variables import UninitializedTensor, uninitialised_like
 
 
 def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any, h
         check_initialised(tensor, f"{how.label}: {name!r}")
         shapes[name] = tuple(tensor.shape)
         if tensor not in lazy:
-            lazy[tensor] = _compat.uninitialised_like(tensor)
+            lazy[tensor] = uninitialised_like(tensor)
         owner.__dict__[store][key] = lazy[tensor]
     stack.__dict__[PENDING] = (base, args, kwargs, shapes)
 
@@ -129,7 +130,7 @@ def _told_size(stack: nn.Module, state_dict: Mapping[str, Any], prefix: str, how
     shapes, sizes = stack.__dict__[PENDING][-1], {}
     for name, owner, store, key, _ in located(stack):
         entry, axis = state_dict.get(prefix + name), how.axis(owner, store, key)
-        if axis is None or entry is None or isinstance(entry, _compat.UninitializedTensor):
+        if axis is None or entry is None or isinstance(entry, UninitializedTensor):
             continue
         one, got = shapes[name], tuple(entry.shape)
         at = axis % (len(one) + 1)
@@ -153,7 +154,7 @@ def materialize(stack: nn.Module, size: int) -> None:
     built = {name: tensor for name, *_, tensor in located(new)}
     for name, _, _, _, lazy in list(located(stack)):
         source = built[name]
-        if isinstance(lazy, _compat.UninitializedTensor):
+        if isinstance(lazy, UninitializedTensor):
             lazy.materialize(source.shape, device=lazy.device, dtype=lazy.dtype)
             with torch.no_grad():
                 lazy.copy_(source)

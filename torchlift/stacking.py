@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchlift import _compat, fingerprint, metadata, references
+from torchlift import fingerprint, metadata, references
 from torchlift.collecting import idle_in_bodies
 from torchlift.errors import (
     AxisError,
@@ -20,7 +20,7 @@ from torchlift.errors import (
     UnsupportedError,
 )
 from torchlift.groups import Groups
-from torchlift.variables import AT, class_of, collection_of, own_tensors
+from torchlift.variables import AT, UninitializedTensor, class_of, collection_of, own_tensors
 
 PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
 
@@ -110,7 +110,7 @@ def check_classes(label: str, modules: Sequence[nn.Module], cls: type[nn.Module]
 
 def check_initialised(tensor: Tensor, where: str) -> None:
     """torch's lazy modules cannot be stacked before they know their shapes."""
-    if isinstance(tensor, _compat.UninitializedTensor):
+    if isinstance(tensor, UninitializedTensor):
         raise UnsupportedError(
             f"{where} is not initialised yet, expected a tensor with a shape: give the sizes to a module that is not "
             "lazy, or call a lazy one once before it is stacked"

@@ -362,3 +362,24 @@ def capture(*collections: str) -> Iterator[dict[str, dict[str, tuple[Any, ...]]]
     finally:
         for handle in handles:
             handle.remove()
+
+
+# Tensors that wait for their shape -----------------------------------------------------------------------------------
+
+
+class _Buffer(nn.parameter.UninitializedBuffer):
+    """One that can be copied, as an uninitialised parameter can."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = uninitialised_like(self)
+        return memo[id(self)]
+
+
+UninitializedTensor = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer, _Buffer)
+
+
+def uninitialised_like(tensor: torch.Tensor) -> Any:
+    """A parameter or buffer of the device and dtype of ``tensor`` that waits for its shape."""
+    kind: Any = nn.UninitializedParameter if isinstance(tensor, nn.Parameter) else _Buffer
+    return kind(tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)

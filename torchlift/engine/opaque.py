@@ -121,7 +121,7 @@ def _backend(compile: bool | dict[str, Any]) -> Any:
     return tuple((k, tuple(v.items()) if isinstance(v, dict) else v) for k, v in compile.items())
 
 
-@_compat.allow_in_graph
+@torch.compiler.allow_in_graph
 def _in_graph(
     key: str, site: int, length: int, stacked: bool, enrolled: bool, options: Options, backend: Any,
     refused: str | None, names: tuple[str, ...], consts: Tree, carry: Tree, xs: Tree,

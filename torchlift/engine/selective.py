@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from torchlift import _compat
 from torchlift._compat import pytree
@@ -26,6 +26,14 @@ Key = tuple[Any, int]  # an operator, and which of its calls in the region
 # Further results of an operator (the log-sum-exp of attention, the mean of a norm) are held while the region runs in
 # case that the main one is given a name, if all of them together are at most this part of it.
 _SMALL = 1 / 16
+
+
+def _context(out: Any) -> Any:
+    """What torch gives a checkpointing policy beside the operator and its arguments."""
+    try:
+        return SelectiveCheckpointContext(is_recompute=False, op_output=out)
+    except TypeError:  # torch 2.11
+        return SelectiveCheckpointContext(is_recompute=False)
 
 
 class _Kept:
@@ -142,7 +150,7 @@ class Recorder(_RegionMode):
                         self.candidates.pop(_address(leaf), None)
             return out
         key = self.next_key(op)
-        verdict = verdict_of(self.policy, _compat.selective_context(out), op, *args, **kwargs)
+        verdict = verdict_of(self.policy, _context(out), op, *args, **kwargs)
         if drew:
             return out
         leaves, spec = pytree.tree_flatten(out)
@@ -176,7 +184,7 @@ class Recorder(_RegionMode):
         """
         x = _compat.plain(x)
         with torch.no_grad(), _compat.no_dispatch_modes():
-            verdict = verdict_of(self.policy, _compat.selective_context(x), NAME, x, name)
+            verdict = verdict_of(self.policy, _context(x), NAME, x, name)
             made = self.candidates.get(_address(x))
             if made is None:
                 return
