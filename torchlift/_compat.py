@@ -671,26 +671,71 @@ def kept_in_order(*ops: Any) -> Callable[[], bool]:
     return keep
 
 
+def kept_in_loops(ops: tuple[Any, ...], number: Callable[..., None], order: Callable[..., Any]) -> Callable[[], bool]:
+    """As :func:`kept_in_order`, for what torch's ``while_loop`` is given to run; False if Dynamo traces nothing such.
+
+    At the end of the trace ``number`` gets the graph; ``order`` puts the kernels that Inductor makes in their order.
+    """
+
+    def keep() -> bool:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        if not traced_within("while_loop"):
+            return False
+        for op in ops:
+            torch.fx.node.has_side_effect(op)
+        output = InstructionTranslator.current_tx().output
+        if number not in output.register_finalizer_fns:
+            output.add_graph_finalizer(number)
+        _inductor_orders(ops, order)
+        return True
+
+    keep._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
+    return keep
+
+
+def _inductor_orders(ops: tuple[Any, ...], order: Callable[..., Any]) -> None:
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    def schedule(graph: Any, plainly: Callable[[], None]) -> None:
+        # Last: which kernels Inductor fuses depends on how far they are from each other.
+        graph.operations.sort(key=lambda operation: getattr(operation, "op_overload", None) in ops)
+        plainly()
+        graph.scheduler.nodes = order(graph.scheduler.nodes)
+
+    def lower(op: Any, *args: Any) -> Any:
+        graph: Any = V.graph
+        if "_update_scheduler" not in vars(graph):  # once for all ``ops`` in it
+            graph._update_scheduler = functools.partial(schedule, graph, graph._update_scheduler)
+        return ir.FallbackKernel.create(op, *args)
+
+    for op in ops:
+        if op not in lowering.lowerings:
+            lowering.register_lowering(op, type_promotion_kind=None)(functools.partial(lower, op))
+
+
 # --- derivatives --------------------------------------------------------------------------------------------------
 
 
-def inside_checkpoint() -> bool:
-    """Whether Dynamo traces the body of a checkpoint; asked of Dynamo, which calls this rather than trace it."""
+OpOverload = torch._ops.OpOverload
+foreach_add_ = torch._foreach_add_  # private by name, and what every optimizer of torch is built on
+foreach_copy_ = torch._foreach_copy_
+
+
+def traced_within(operator: str) -> bool:
+    """Whether Dynamo traces a function that this higher-order operator gets."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     tracer: Any = InstructionTranslator.current_tx().output.current_tracer
     while tracer is not None:
-        if tracer.source_target is torch.ops.higher_order.tag_activation_checkpoint:
+        if getattr(tracer.source_target, "_name", None) == operator:
             return True
         tracer = tracer.parent
     return False
 
 
-inside_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-OpOverload = torch._ops.OpOverload
-foreach_add_ = torch._foreach_add_  # private by name, and what every optimizer of torch is built on
-foreach_copy_ = torch._foreach_copy_
+traced_within._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
 
 
 def was_written_in_trace(tensor: torch.Tensor) -> bool:

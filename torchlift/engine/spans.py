@@ -9,6 +9,12 @@ that does the work of several methods lies in the span of the last one.
 
 Backward has no spans, as in eager; an iteration that is recomputed by running its forward graph again has them again.
 
+A ``while_loop`` that torch runs, when Dynamo traces it, has operators of its own. Under ``torch.compile`` those above
+are effects, and torch 2.13 takes the token that orders the effects of a loop's body for one of the graph around it: it
+drops what comes before the loop, or fails. Those of loops are no effects, just not dead. A graph keeps them where they
+are until Inductor moves its nodes; these are told their numbers at the end of Dynamo's trace. Inductor gets the
+operators behind all others, and each is put in its place when the kernels have got theirs.
+
 NOTE [Names]. One graph serves all layers and all instances of a class. So what a graph says is the path from the root
 that was lifted, as in ``{0}.attention.forward``, and ``names(index)`` of the loop tells, while a profiler runs, what
 the roots are called in iteration ``index``.
@@ -49,6 +55,9 @@ _library = torch.library.Library("torchlift", "FRAGMENT")
 # ``step``: which iteration of its graph the name is one of; -1 for a name that is whole.
 _library.define("enter_span(str name, int step=-1) -> ()")
 _library.define("leave_span() -> ()")
+# In a loop that torch runs: see NOTE [Spans].
+_library.define("enter_looped_span(str name) -> ()")
+_library.define("leave_looped_span() -> ()")
 
 
 def _enter_span(name: str, step: int = -1) -> None:
@@ -73,12 +82,23 @@ def _full(name: str, step: int) -> str:
     return _local.names(_local.indices[step])[int(root)] + rest
 
 
-_library.impl("enter_span", _enter_span, "CompositeExplicitAutograd")
-_library.impl("leave_span", _leave_span, "CompositeExplicitAutograd")
-torch.library.register_fake("torchlift::enter_span", lambda name, step=-1: None, lib=_library)
-torch.library.register_fake("torchlift::leave_span", lambda: None, lib=_library)
+for _kind in ("span", "looped_span"):
+    _library.impl(f"enter_{_kind}", _enter_span, "CompositeExplicitAutograd")
+    _library.impl(f"leave_{_kind}", _leave_span, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"torchlift::enter_{_kind}", lambda name, step=-1: None, lib=_library)
+    torch.library.register_fake(f"torchlift::leave_{_kind}", lambda: None, lib=_library)
 ENTER, LEAVE = torch.ops.torchlift.enter_span.default, torch.ops.torchlift.leave_span.default
+LOOPED = torch.ops.torchlift.enter_looped_span.default, torch.ops.torchlift.leave_looped_span.default
+MARKS = (ENTER, LEAVE, *LOOPED)
 keep_in_order = _compat.kept_in_order(ENTER, LEAVE)
+
+
+def traced() -> tuple[Callable[[str], None], Callable[[], None]]:
+    """What enters and what leaves a span in the graph that Dynamo makes."""
+    if keep_in_loops():
+        return torch.ops.torchlift.enter_looped_span, torch.ops.torchlift.leave_looped_span
+    keep_in_order()
+    return torch.ops.torchlift.enter_span, torch.ops.torchlift.leave_span
 
 
 class located:
@@ -267,20 +287,27 @@ class Placed:
         self.content = hashlib.sha256(repr(numbers).encode()).hexdigest()
 
     def __call__(self, kernels: list[Any]) -> list[Any]:
-        marks = {_reached(kernel): kernel for kernel in kernels if _is_mark(kernel)}
-        kernels = [kernel for kernel in kernels if not _is_mark(kernel)]
-        waiting = sorted(marks)
-        found: list[Any] = []
-        for kernel in kernels:
-            reached = _reached(kernel)
-            while waiting and waiting[0] < reached:
-                found.append(_beside(kernel, marks[waiting.pop(0)]))
-            found.append(kernel)
-        return found + [_beside(kernels[-1], marks[number]) if kernels else marks[number] for number in waiting]
+        return in_order(kernels)
+
+
+def in_order(kernels: list[Any]) -> list[Any]:
+    """Kernels of Inductor, with each mark before the first one of what comes after it."""
+    # A kernel in the body of a loop has origins in the graph around the loop, too.
+    graphs = {origin.graph for kernel in kernels for origin in _origins(kernel) if origin.target in MARKS}
+    marks = {_reached(kernel, graphs): kernel for kernel in kernels if _is_mark(kernel)}
+    kernels = [kernel for kernel in kernels if not _is_mark(kernel)]
+    waiting = sorted(marks)
+    found: list[Any] = []
+    for kernel in kernels:
+        reached = _reached(kernel, graphs)
+        while waiting and waiting[0] < reached:
+            found.append(_beside(kernel, marks[waiting.pop(0)]))
+        found.append(kernel)
+    return found + [_beside(kernels[-1], marks[number]) if kernels else marks[number] for number in waiting]
 
 
 def _is_mark(kernel: Any) -> bool:
-    return getattr(kernel.node, "op_overload", None) in (ENTER, LEAVE)
+    return getattr(kernel.node, "op_overload", None) in MARKS
 
 
 def _beside(kernel: Any, mark: Any) -> Any:
@@ -289,7 +316,29 @@ def _beside(kernel: Any, mark: Any) -> Any:
     return mark
 
 
-def _reached(kernel: Any) -> int:
-    """How many marks come before what a kernel computes."""
-    origins = [origin for part in kernel.get_nodes() for origin in getattr(part.node, "origins", ())]
-    return max((number for origin in origins if (number := _number_of(origin)) is not None), default=0)
+def _origins(kernel: Any) -> list[Node]:
+    return [origin for part in kernel.get_nodes() for origin in getattr(part.node, "origins", ())]
+
+
+def _reached(kernel: Any, graphs: set[Graph]) -> int:
+    """How many marks of ``graphs`` come before what a kernel computes."""
+    numbers = [_number_of(origin) for origin in _origins(kernel) if origin.graph in graphs]
+    return max((number for number in numbers if number is not None), default=0)
+
+
+# Loops that torch runs -----------------------------------------------------------------------------------------------
+
+
+def number_loops(graph: GraphModule) -> None:
+    """Tells the nodes of the loops in a graph of Dynamo how many marks of their loop come before them."""
+    marks = [mark.overloadpacket for mark in LOOPED]
+    for module in graph.modules():
+        nodes = module.graph.nodes if isinstance(module, GraphModule) else ()
+        if any(node.target in marks for node in nodes):
+            reached = 0
+            for node in nodes:
+                _renumber(node, reached)
+                reached += node.target in marks
+
+
+keep_in_loops = _compat.kept_in_loops(LOOPED, number_loops, in_order)

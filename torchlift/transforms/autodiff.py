@@ -59,7 +59,7 @@ class _Graph(Graph):
 
 
 def _linearised(call: Call, operands: list[Tensor], run: Callable[..., Form]) -> tuple[_Graph, list[Tensor]]:
-    if _compat.is_compiling() and _compat.inside_checkpoint():
+    if _compat.is_compiling() and _compat.traced_within("tag_activation_checkpoint"):
         raise UnsupportedError(
             f"{call.packed.label}: torch.compile of remat over a reverse-mode derivative: torch.func does not run "
             "under the hooks of a checkpoint; put remat inside of the derivative, or leave one out of the compiled "

@@ -168,10 +168,10 @@ def named_call(class_fn: Callable[..., Any], force: bool = True) -> Callable[...
                 return class_fn(module, *args, **kwargs)
         if _compat.is_compiling():
             entered = _Entered(module, _traced)
-            spans.keep_in_order()
-            torch.ops.torchlift.enter_span(f"{entered.name}.{method}")
+            enter, leave = spans.traced()
+            enter(f"{entered.name}.{method}")
             out = class_fn(module, *args, **kwargs)
-            torch.ops.torchlift.leave_span()
+            leave()
             entered.leave()
             return out
         recorder = spans.recorder()
