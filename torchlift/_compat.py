@@ -874,7 +874,7 @@ def _require_apart(trace: Any) -> None:
         tx.speculation_log.clear()
         raise RestartAnalysis(restart_reason="a tensor of layers is written in the graph that runs them")
 
-    if writes and inside_checkpoint():  # which would run the write once more
+    if writes and tx.output.current_tracer.parent is not None:  # a checkpoint, which would write once more, or a loop
         start_again()
 
     def look(graph: torch.fx.GraphModule) -> None:
