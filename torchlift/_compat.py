@@ -365,6 +365,29 @@ def versions(tensors: list[torch.Tensor]) -> list[int]:
     return [-1 if tensor.is_inference() else tensor._version for tensor in found]
 
 
+def dict_versions(dicts: list[dict[str, Any]]) -> list[int] | None:
+    """Of each dict a number that is another one after each change of it; None from Python 3.12 on, which has none."""
+    if sys.version_info >= (3, 12):
+        return None
+    return [*map(torch._C._dynamo.guards.dict_version, dicts)]
+
+
+class Form:
+    """What a row of tensors is like, for others to be held against: 1 us for a dozen, where Python takes 40."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: Any = [list(t.size()) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
+        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._count = len(tensors)
+
+    def fits(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether class, kind, dtype, device, size, strides and requires_grad agree. It may be False where they do."""
+        return len(tensors) == self._count and self._guards.check(*tensors)
+
+
 # --- the engine: rematerialisation --------------------------------------------------------------------------------
 
 

@@ -97,8 +97,8 @@ class Memory:
     NOTE [Memory]. To walk the modules of a layer takes as long as to run a small one, and the next call finds the same.
     So a tree is remembered if all its plain attributes are numbers, names, torch's own functions, or containers
     of such, and it is known again if every dict and list in it holds the very same objects; a tree that changed in any
-    way is walked anew. Tensors are not remembered but read from their places, and told apart anew. Nothing here refers
-    to the root, whose death ends the memory.
+    way is walked anew. Where Python counts the changes of each dict, their counts tell that. Tensors are not remembered
+    but read from their places. Nothing here refers to the root, whose death ends the memory.
     """
 
     def __init__(self, root: nn.Module, nodes: list[Node], *about: Any):
@@ -118,6 +118,8 @@ class Memory:
                 if key not in INTERNALS:
                     self._watch(value)
         self._held = [*map(dict.copy, self._dicts)]
+        self._counted = [*self._dicts, *self._stores]
+        self._versions: list[int] | None = None
         self._items = [*chain(*self._tables)]
         self._sized, self._named = [*self._stores, *self._tables], [*modules, *self._stores]
         self._layout, self._absent = self._look(), self._look_for_none()
@@ -168,14 +170,20 @@ class Memory:
         for module, cls, fields in zip(modules, self._classes, self._fields):
             if type(module) is not cls or module.__dict__ is not fields:
                 return None
-        if self._look() != self._layout or not same(self._dicts, self._held):
+        versions = _compat.dict_versions(self._counted)
+        changed = versions is None or versions != self._versions
+        if changed and not same(self._dicts, self._held):
+            return None
+        if (changed or self._tables) and self._look() != self._layout:
             return None
         if not all(map(operator.is_, chain(*self._tables), self._items)):
             return None
         found = [*chain.from_iterable(map(dict.values, self._stores))]
         tensors = [tensor for tensor in found if tensor is not None]
-        if [tensor is None for tensor in found] != self._absent or len(set(map(id, tensors))) != len(tensors):
-            return None
+        if changed:
+            if [tensor is None for tensor in found] != self._absent or len(set(map(id, tensors))) != len(tensors):
+                return None
+            self._versions = versions
         first = Node(root, 0, "")
         first.tensors, first.children = self._first
         return [first, *self._others], tensors

@@ -209,17 +209,18 @@ class _Given:
         return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
 
     def why_plain(self) -> tuple[str | None, bool]:
-        """As :func:`_why_plain`, for the tensors. What is like the iteration before is not looked at twice."""
-        before: list[Any] | None = None
+        """As :func:`_why_plain`, for the tensors. What is like the first iteration is not looked at again."""
+        first: _compat.Form | None = None
         for tensors, _ in (self.consts, self.carry, *self.xs):
-            kinds = [(type(t), t.layout, t.dtype, t.device, t.is_conj(), t.is_neg()) for t in tensors]
-            if kinds != before:
-                for t in tensors:
-                    if _compat.is_traced(t):
-                        return "inside another capture", False
-                    if not is_plain(t):
-                        return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
-            before = kinds
+            if first is not None and first.fits(tensors):
+                continue
+            for t in tensors:
+                if _compat.is_traced(t):
+                    return "inside another capture", False
+                if not is_plain(t):
+                    return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
+            if first is None and tensors is self.xs[0][0]:
+                first = _compat.Form(tensors)
         return None, False
 
 
@@ -406,15 +407,15 @@ def _list_plans(job: _Job, flat: list[_Split]) -> list[_Node]:
     size = max(pieces[0] if pieces else 1, 1)
     if size == 1 and o.unroll not in (1, "auto"):  # layers, with weights of their own
         size = _unroll(job, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
-    memo: list[tuple[Any, _Node, list[bool]]] = []  # few: most iterations are alike, and to hash is to look at all
+    memo: list[tuple[Any, _compat.Form, _Node, list[bool]]] = []  # few: most iterations are alike
     nodes = []
     for at in range(0, length, size):
         part = flat[at : at + size]
-        key = (flags, [(x[1], [(t.requires_grad, *compiled.tensor_key(t)) for t in x[0]]) for x in part])
-        found = next(((node, after) for known, node, after in memo if known == key), None)
+        key, tensors = (flags, [template for _, template in part]), [t for x, _ in part for t in x]
+        found = next(((node, after) for known, form, node, after in memo if known == key and form.fits(tensors)), None)
         if found is None:
             found = _list_node(job, part, flags, pieces)
-            memo.append((key, *found))
+            memo.append((key, _compat.Form(tensors), *found))
         node, flags = found
         nodes.append(node)
     return nodes
