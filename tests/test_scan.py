@@ -154,7 +154,7 @@ def test_no_ys_and_no_xs():
         (lambda: scan(lambda m, c: (c, None))(Cell(), 0), "nothing is scanned over, so the length is not known; pass"),
         (
             lambda: scan(lambda m, c, x: (c, x), length=4)(Cell(), 0, torch.ones(2)),
-            r"expected one: length: 4, argument leaf 1 \(axis 0\): 2",
+            r"expected one: length: 4, args\[1\] \(axis 0\): 2",
         ),
         (
             lambda: scan(lambda m, c: (c, None), variable_axes={"params": 0}, length=12)(nn.Linear(2, 8), 0),
@@ -166,7 +166,7 @@ def test_no_ys_and_no_xs():
         ),
         (
             lambda: scan(lambda m, c, x: (c, x), in_axes=2)(Cell(), 0, torch.ones(2)),
-            r"argument leaf 1 has shape \(2,\), which has no axis 2",
+            r"args\[1\] has shape \(2,\), which has no axis 2",
         ),
         (
             lambda: scan(lambda m, c, x: (c, x), in_axes="0")(Cell(), 0, torch.ones(2)),

@@ -117,13 +117,29 @@ def test_a_disagreement_names_the_sizes():
     stack = stack_modules([nn.Linear(2, 2) for _ in range(N)])
     lifted = vmap(lambda m, *args: m(torch.ones(2)), variable_axes={"params": 0}, in_axes=1)
     match = (
-        r"vmap\(<lambda>, .*\): the sizes of the mapped axis disagree, expected one: 'weight' in 'params' \(axis 0\): 3"
-        r", 'bias' in 'params' \(axis 0\): 3, argument leaf 0 \(axis 1\): 4"
+        r"vmap\(<lambda>, .*\): the sizes of the mapped axis disagree, expected one: 'weight' in 'params' \(axis 0\) and 1 "
+        r"more in the module: 3, args\[0\] \(axis 1\): 4$"
     )
     with pytest.raises(AxisError, match=match):
         lifted(stack, torch.ones(3, 4))
-    with pytest.raises(AxisError, match="expected one: axis_size: 2, argument leaf 0"):
+    with pytest.raises(AxisError, match=r"expected one: axis_size: 2, args\[0\]"):
         vmap(add, axis_size=2)(nn.Identity(), X)
+
+
+def test_an_argument_that_disagrees_is_named_by_its_keyword():
+    stack = stack_modules([nn.Linear(2, 2) for _ in range(N)])
+    scaled = vmap(lambda m, x, scale: m(x) * scale["by"][0], variable_axes={"params": 0}, in_axes=None)
+    match = (
+        r"'weight' in 'params' \(axis 0\) and 1 more in the module: 3, keyword argument 'scale'\['by'\]\[0\] \(axis 0\):"
+        " 2; keyword arguments are mapped on axis 0, pass by position what in_axes is to tell"
+    )
+    with pytest.raises(AxisError, match=match):
+        scaled(stack, torch.ones(2), scale={"by": [torch.ones(2)]})
+    with pytest.raises(
+        AxisError, match=r"keyword argument 'scale'\['by'\]\[0\] has shape \(\), which has no axis 0; key"
+    ):
+        scaled(stack, torch.ones(2), scale={"by": [torch.ones(())]})
+    assert scaled(stack, torch.ones(2), {"by": [torch.ones(())]}).shape == (N, 2)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +147,7 @@ def test_a_disagreement_names_the_sizes():
     [
         (lambda: vmap(add)(nn.Identity()), "nothing has a mapped axis, so the size is not known; pass axis_size="),
         (lambda: vmap(add, in_axes=None)(nn.Identity(), X), "the size is not known"),
-        (lambda: vmap(add, in_axes=2)(nn.Identity(), X), r"argument leaf 0 has shape \(3, 4\), which has no axis 2"),
+        (lambda: vmap(add, in_axes=2)(nn.Identity(), X), r"args\[0\] has shape \(3, 4\), which has no axis 2"),
         (
             lambda: vmap(add, variable_axes={"params": 1})(nn.Linear(2, 2), X),
             r"'bias' in 'params' has shape \(2,\), which has no axis 1",

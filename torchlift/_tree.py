@@ -124,6 +124,12 @@ def paths(tree: Any) -> list[str]:
     return found
 
 
+def argument_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """What errors call each leaf of ``(args, kwargs)``: ``args[0]['mask']``, ``keyword argument 'mask'``."""
+    by_name = [path[1:].replace("]", "", 1) for path in paths(kwargs)]
+    return [f"args{path}" for path in paths(args)] + [f"keyword argument {name}" for name in by_name]
+
+
 def broadcast_prefix(prefix: Any, tree: Any, where: str, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
     """``prefix``, a tree of axes that is a prefix of ``tree``, with one axis for each leaf of ``tree``.
 

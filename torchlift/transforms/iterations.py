@@ -73,9 +73,10 @@ class Iterations:
         lengths: tuple[int, ...] | None = None,
     ):  # fmt: skip
         self.label, self.levels, self.groups, self.transform = label, levels, groups, transform
+        names = lambda: _tree.argument_names(args, kwargs)
         if stacking.is_pending(module):
             leaves, _ = _tree.flatten((args, kwargs))
-            stacked_classes.materialize(module, _length(label, sizes, [], [], [], leaves, axes, 1)[0])
+            stacked_classes.materialize(module, _length(label, sizes, [], [], [], leaves, names, axes, 1)[0])
         self.packed = packed = Packed(fn, module, args, kwargs, label, inside)
         self.roles = packed.group(groups.role)
         packed.allow(lambda c: groups.role(c).writable, _how_to_write)
@@ -83,7 +84,7 @@ class Iterations:
         self.axes = axes
         self.attributes = metadata.without_axis(packed, [role.axis for role in self.roles], metadata_params or {})
         self.lengths = lengths or _length(
-            label, sizes, packed.entries, packed.tensors, self.roles, packed.leaves, axes, levels
+            label, sizes, packed.entries, packed.tensors, self.roles, packed.leaves, names, axes, levels
         )
         self.carried = [at for at, role in enumerate(self.roles) if role.carried]
         self.scanned = [at for at, role in enumerate(self.roles) if role.axis is not None]
@@ -390,10 +391,10 @@ def _described(leaf: Any) -> str:
 
 def _length(
     label: str, sizes: tuple[int, ...] | None, entries: Sequence[Any], tensors: Sequence[Tensor],
-    roles: Sequence[Role], leaves: Sequence[Any], axes: Sequence[Any], levels: int,
+    roles: Sequence[Role], leaves: Sequence[Any], names: Callable[[], list[str]], axes: Sequence[Any], levels: int,
 ) -> tuple[int, ...]:  # fmt: skip
     """The lengths of the loop's levels, on which all that is scanned must agree."""
-    found: dict[str, tuple[int, ...]] = {} if sizes is None else {"length": sizes}
+    found: dict[Any, tuple[int, ...]] = {} if sizes is None else {"length": sizes}
     for entry, tensor, role in zip(entries, tensors, roles, strict=True):
         if role.axis is not None:
             where = f"{label}: {entry.name!r} in {entry.collection!r}"
@@ -410,12 +411,13 @@ def _length(
         if isinstance(leaf, Tensor) and axis is not broadcast and axis is not None:
             if not -leaf.ndim <= axis < leaf.ndim:
                 shape = tuple(leaf.shape)
-                raise AxisError(f"{label}: argument leaf {number} has shape {shape}, which has no axis {axis}")
-            found[f"argument leaf {number} (axis {axis})"] = (leaf.shape[axis],)
+                raise AxisError(f"{label}: {names()[number]} has shape {shape}, which has no axis {axis}")
+            found[number] = (leaf.shape[axis],)
     if not found:
         raise AxisError(f"{label}: nothing is scanned over, so the length is not known; pass length=")
     if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name}: {_plain(size)}" for name, size in found.items())
+        named = {number: f"{name} (axis {axis})" for number, (name, axis) in enumerate(zip(names(), axes, strict=True))}
+        listed = ", ".join(f"{named.get(what, what)}: {_plain(size)}" for what, size in found.items())
         raise AxisError(f"{label}: the lengths disagree, expected one: {listed}")
     return next(iter(found.values()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,14 +57,15 @@ class _Vmap(Transform):
     ) -> Any:
         groups = self.groups(label)
         leaf_axes = _argument_axes(self.in_axes, args, kwargs, label)
+        names = lambda: _tree.argument_names(args, kwargs)
         if stacking.is_pending(module):
             leaves, _ = _tree.flatten((args, kwargs))
-            stacked_classes.materialize(module, self._size([], [], [], leaves, leaf_axes, label))
+            stacked_classes.materialize(module, self._size([], [], [], leaves, leaf_axes, names, label))
         packed = Packed(fn, module, args, kwargs, label, inside)
         roles = packed.group(groups.role)
         packed.allow(lambda c: groups.role(c).writable, lambda c: f"give it an axis: variable_axes={{{c!r}: 0}}")
         packed.refuse(groups.untold_streams(rng.positions()))
-        size = self._size(packed.entries, packed.tensors, roles, packed.leaves, leaf_axes, label)
+        size = self._size(packed.entries, packed.tensors, roles, packed.leaves, leaf_axes, names, label)
         run = _Run(packed, groups, self.out_axes, size, self.axis_name)
         run.attributes = metadata.without_axis(packed, [role.axis for role in roles], self.partition_params)
         mapped = packed.tensor_leaves
@@ -109,8 +111,9 @@ class _Vmap(Transform):
         return run.by_index(in_dims, inputs, splits, why)
 
     def _size(
-        self, entries: Any, tensors: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any], label: str
-    ) -> int:
+        self, entries: Any, tensors: Any, roles: Any, leaves: Sequence[Any], leaf_axes: Sequence[Any],
+        names: Callable[[], list[str]], label: str,
+    ) -> int:  # fmt: skip
         mapped: list[tuple[Tensor, int, Any]] = [
             (tensor, role.axis, entry)
             for entry, tensor, role in zip(entries, tensors, roles, strict=True)
@@ -122,21 +125,40 @@ class _Vmap(Transform):
         sizes = [] if self.axis_size is None else [self.axis_size]
         for tensor, axis, what in mapped:
             if not -tensor.ndim <= axis < tensor.ndim:
-                raise AxisError(f"{label}: {_named(what)} has shape {tuple(tensor.shape)}, which has no axis {axis}")
+                name = _named(what, names)
+                raise AxisError(
+                    f"{label}: {name} has shape {tuple(tensor.shape)}, which has no axis {axis}{_by_position(name)}"
+                )
             sizes.append(tensor.shape[axis])
         if not sizes:
             raise AxisError(f"{label}: nothing has a mapped axis, so the size is not known; pass axis_size=")
         if len(set(sizes)) > 1:
-            names = [f"{_named(what)} (axis {axis})" for _, axis, what in mapped]
-            names = names if self.axis_size is None else ["axis_size", *names]
-            listed = ", ".join(f"{name}: {size}" for name, size in zip(names, sizes, strict=True))
-            raise AxisError(f"{label}: the sizes of the mapped axis disagree, expected one: {listed}")
+            found = [f"axis_size: {self.axis_size}"] if self.axis_size is not None else []
+            counts = Counter(tensor.shape[axis] for tensor, axis, what in mapped if not isinstance(what, int))
+            for tensor, axis, what in mapped:  # all arguments, but of the variables of one size only the first
+                size = tensor.shape[axis]
+                others = 0 if isinstance(what, int) else counts.pop(size, 0) - 1
+                if others >= 0:
+                    more = f" and {others} more in the module" if others else ""
+                    found.append(f"{_named(what, names)} (axis {axis}){more}: {size}")
+            listed = ", ".join(found)
+            raise AxisError(
+                f"{label}: the sizes of the mapped axis disagree, expected one: {listed}{_by_position(listed)}"
+            )
         return sizes[0]
 
 
-def _named(what: Any) -> str:
+def _named(what: Any, names: Callable[[], list[str]]) -> str:
     """An entry, or the number of an argument leaf, in an error."""
-    return f"argument leaf {what}" if isinstance(what, int) else f"{what.name!r} in {what.collection!r}"
+    if isinstance(what, int):
+        return names()[what]
+    return f"{what.name!r} in {what.collection!r}"
+
+
+def _by_position(names: str) -> str:
+    """The fix, where an error names keyword arguments."""
+    keyword = "keyword argument" in names
+    return "; keyword arguments are mapped on axis 0, pass by position what in_axes is to tell" if keyword else ""
 
 
 def _shared_write(packed: Packed, groups: Groups) -> str:
