@@ -61,6 +61,23 @@ def test_compile(name):
         LOOPS[name](compile={"speed": 1})
 
 
+@pytest.mark.parametrize("name", [*LOOPS, "jit"])
+def test_a_backend_that_there_is_not_is_refused_where_a_transform_is_made(name):
+    def make(**options):
+        return torchlift.jit(nn.Linear, **options) if name == "jit" else LOOPS[name](compile=options)
+
+    known = r"expected one of \[.*'inductor'.*\] or a function of a graph and its inputs"
+    with pytest.raises(OptionError, match=rf"{name}: .* the backend 'inductr', {known}; did you mean 'inductor'\?"):
+        make(backend="inductr")
+    with pytest.raises(OptionError, match=rf"{name}: .* the backend 3, {known}$"):
+        make(backend=3)
+    with pytest.raises(
+        OptionError, match=rf"{name}: .* the mode 'fast', expected one that torch.compile knows: .*auto"
+    ):
+        make(mode="fast")
+    make(backend=None, mode="max-autotune"), make(backend=lambda graph, inputs: graph), make(backend="aot_eager")
+
+
 POLICIES = {
     "remat": lambda policy: torchlift.remat(lambda m, x: m(x).sin(), policy=policy),
     "remat_scan": lambda policy: torchlift.remat_scan(nn.Linear, lengths=(2,), policy=policy),

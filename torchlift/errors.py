@@ -5,9 +5,11 @@ can still catch it. A message names the transform, the module path, the argument
 was expected, and the fix.
 """
 
+import difflib
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 
 
 class TorchliftError(Exception):
@@ -131,6 +133,11 @@ class TorchliftCompileWarning(TorchliftWarning):
 
 
 _SKIPPED = (os.path.dirname(__file__), os.path.dirname(warnings.__file__) + os.sep + "contextlib.py")
+
+
+def likely(name: object, names: Iterable[str]) -> str | None:
+    """Which of ``names`` is meant by one that none of them is: a close match, if there is any."""
+    return next(iter(difflib.get_close_matches(str(name), names, 1, cutoff=0.8)), None)
 
 
 def warn(message: str, category: type[Warning]) -> None:

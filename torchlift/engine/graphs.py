@@ -40,7 +40,7 @@ class Backend:
             raise OptionError(f"compile= has {unknown}, expected {', '.join(OPTIONS)}")
         options = tuple(sorted((compile.get("options") or {}).items()))
         # Nothing is made of `fullgraph`: a body is always captured whole.
-        return Backend(compile.get("backend", "inductor"), compile.get("mode"), options, compile.get("dynamic"))
+        return Backend(compile.get("backend") or "inductor", compile.get("mode"), options, compile.get("dynamic"))
 
     @property
     def inductor(self) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from torchlift import _compat
 from torchlift.engine.graphs import OPTIONS
-from torchlift.errors import AxisError, OptionError
+from torchlift.errors import AxisError, OptionError, likely
 
 
 def check_size(size: Any, where: str) -> None:
@@ -40,6 +41,27 @@ def check_compile(compile: Any, where: str) -> None:
     unknown = [] if isinstance(compile, bool) else [key for key in compile if key not in OPTIONS]
     if unknown:
         raise OptionError(f"{where} has {unknown}, expected {', '.join(OPTIONS)}")
+    if isinstance(compile, dict):
+        check_backend(compile.get("backend"), compile.get("mode"), f"{where} has")
+
+
+def check_backend(backend: Any, mode: Any, where: str) -> None:
+    """The backend of ``torch.compile`` and its mode; None for the usual ones."""
+    if _compat.is_compiling():  # which cannot ask; torch refuses them later
+        return
+    if backend is not None and not callable(backend):
+        names = torch.compiler.list_backends(exclude_tags=None)
+        if backend not in names:
+            meant = likely(backend, names)
+            raise OptionError(
+                f"{where} the backend {backend!r}, expected one of {torch.compiler.list_backends()} or a function of a "
+                f"graph and its inputs{f'; did you mean {meant!r}?' if meant else ''}"
+            )
+    if mode is not None and backend in (None, "inductor"):
+        try:
+            _compat.inductor_mode_options(mode)
+        except RuntimeError as error:
+            raise OptionError(f"{where} the mode {mode!r}, expected one that torch.compile knows: {error}") from error
 
 
 def check_callable(fn: Any, where: str, what: str) -> None:
