@@ -147,12 +147,21 @@ def test_layers_in_different_modes_hooks_and_shared_buffers_run_as_the_loop() ->
     assert shared[0].norm.num_batches_tracked == 2
 
 
+def patched(**submodules: nn.Module) -> Block:
+    block = Block()
+    for name, module in submodules.items():
+        setattr(block, name, module)
+    return block
+
+
 @pytest.mark.parametrize(
     ("other", "match"),
     [
         (lambda: Block(p=0.5), r"layer 2: p 0.5 != 0.25"),
         (lambda: Block(5), r"layer 2: norm.num_features 5 != 4|layer 2: norm.weight \(5,\)"),
-        (lambda: nn.Linear(4, 4), "layer 2: .*"),
+        (lambda: nn.Linear(4, 4), "layer 2: the layer is a Linear, but a Block in layer 0; "),
+        (lambda: patched(linear=nn.Sequential(nn.Linear(4, 4))), "layer 2: linear is a Sequential, but a Linear in"),
+        (lambda: patched(more=nn.ReLU()), r"layer 2: submodules \['more'\] are in one layer only"),
         (lambda: Block().double().half(), "layer 2: norm.weight .*float16 != .*float64"),
     ],
 )

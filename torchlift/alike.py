@@ -14,14 +14,16 @@ def difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> st
     """The first difference of a layer from layer 0, in words; None if there is none that matters."""
     others = dict(layer.named_modules())
     modules = dict(first.named_modules())
+    for path, module in modules.items():  # first, for others have other submodules
+        if path in others and class_of(others[path]) is not class_of(module):
+            name = type(others[path]).__name__
+            return f"{path or 'the layer'} is a {name}, but a {type(module).__name__} in layer 0"
     if list(others) != list(modules):
         odd = sorted(set(others) ^ set(modules))
         return f"submodules {odd} are in one layer only" if odd else f"has submodules {list(others)} != {list(modules)}"
     for path, module in modules.items():
         other = others[path]
         where = f"{path}." if path else ""
-        if class_of(other) is not class_of(module):
-            return f"{path or 'the layer'} is a {type(other).__name__} != {type(module).__name__}"
         tensors = {key: (store, tensor) for store, key, tensor in own_tensors(module)}
         found = {key: (store, tensor) for store, key, tensor in own_tensors(other)}
         if list(tensors) != list(found):
