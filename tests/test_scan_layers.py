@@ -185,6 +185,17 @@ def test_scanned_attributes_may_differ() -> None:
     assert_equal(results(scanned, scanned, x), results(lambda x: loop(plain, x), plain, x))
 
 
+def test_a_scanned_attribute_that_no_layer_has_is_named_where_layers_differ() -> None:
+    layers = [patched(inner=Block(p=0.1 * i)) for i in range(2)]
+    match = r"layer 1: inner.p 0.1 != 0.0; .*scanned_attributes=; no layer has a plain attribute {}, which scanned_a"
+    for wrong, named in (("inner.pp", r"'inner.pp' \(did you mean 'inner.p'\?\)"), ("x", "'x'")):
+        with pytest.raises(LayerMismatchError, match=match.format(named)):
+            torchlift.scan_layers(layers, scanned_attributes=["training", wrong])
+    with pytest.raises(LayerMismatchError, match=r"the names in scanned_attributes=$"):
+        torchlift.scan_layers(layers, scanned_attributes=["training"])
+    torchlift.scan_layers(layers, scanned_attributes=["inner.p", "x"])
+
+
 def test_a_layer_is_a_module() -> None:
     with pytest.raises(TransformTargetError, match="module 1 is function, expected an nn.Module"):
         torchlift.scan_layers([Block(), lambda x: x])

@@ -7,10 +7,25 @@ from collections.abc import Sequence
 from torch import nn
 
 from torchlift import fingerprint
+from torchlift.errors import LayerMismatchError, UnsupportedError, likely
 from torchlift.variables import class_of, own_tensors
 
 
-def difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> str | None:
+def check_alike(label: str, layers: Sequence[nn.Module], scanned: Sequence[str]) -> None:
+    """Refuses layers that differ in more than their tensors' values and the attributes in ``scanned``."""
+    for index, layer in enumerate(layers):
+        try:
+            found = _difference(layers[0], layer, scanned)
+        except UnsupportedError:  # it cannot be told; they are called one by one
+            continue
+        if found is not None:
+            raise LayerMismatchError(
+                f"{label}: layer {index}: {found}; layers that run as one are equal but for their tensors' values, "
+                f"requires_grad, and the names in scanned_attributes={_unmatched(layers, scanned)}"
+            )
+
+
+def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> str | None:
     """The first difference of a layer from layer 0, in words; None if there is none that matters."""
     others = dict(layer.named_modules())
     modules = dict(first.named_modules())
@@ -39,3 +54,12 @@ def difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> st
             if expected.get(key) != attributes.get(key):
                 return f"{where}{key} {other.__dict__.get(key)!r} != {module.__dict__.get(key)!r}"
     return None
+
+
+def _unmatched(layers: Sequence[nn.Module], scanned: Sequence[str]) -> str:
+    """The scanned attributes that no layer has, in words, and what may be meant; empty if there are none."""
+    inner = [(f"{path}." if path else "", module) for layer in layers for path, module in layer.named_modules()]
+    names = {name for where, module in inner for key in module.__dict__ for name in (key, where + key)}
+    meant = {name: likely(name, sorted(names)) for name in scanned if name not in names}
+    found = [f"{name!r}" + (f" (did you mean {close!r}?)" if close else "") for name, close in meant.items()]
+    return f"; no layer has a plain attribute {' or '.join(found)}, which scanned_attributes= names" if found else ""

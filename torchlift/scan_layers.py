@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
-from torchlift.alike import difference
+from torchlift.alike import check_alike
 from torchlift.changes import Update
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.handles import Row
@@ -22,7 +22,6 @@ from torchlift.engine.trees import Parts, split
 from torchlift.enrolling import enrolment, sees, sees_attributes
 from torchlift.errors import (
     CarryError,
-    LayerMismatchError,
     OptionError,
     TorchliftCompileWarning,
     UnsupportedError,
@@ -86,16 +85,7 @@ class ScanLayers(nn.ModuleList):
 
     def check(self) -> None:
         """Refuses layers that differ in more than their tensors' values and ``scanned_attributes``."""
-        for index, layer in enumerate(self):
-            try:
-                found = difference(self[0], layer, self.scanned_attributes)
-            except UnsupportedError:  # it cannot be told; they are called one by one
-                continue
-            if found is not None:
-                raise LayerMismatchError(
-                    f"{self.label}: layer {index}: {found}; layers that run as one are equal but for their "
-                    "tensors' values, requires_grad, and the names in scanned_attributes="
-                )
+        check_alike(self.label, list(self), self.scanned_attributes)
 
     @_compat.outside_of_graphs
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
