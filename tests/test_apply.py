@@ -57,3 +57,36 @@ def test_what_a_plain_attribute_holds_is_not_among_the_new_variables():
     net.shift = torch.ones(2)
     updated = apply(net, {}, torch.zeros(1, 2), mutable=True)[1]
     assert set(updated) == {"params"} and set(updated["params"]) == {"weight", "bias"}
+
+
+def test_an_error_says_which_variables_are_not_like_those_of_the_module():
+    linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    match = r"apply\(Linear\): got variables .*: 'weight' of collection 'params' is \(3, 5\), expected \(2, 2\)$"
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        apply(linear, {"params": {"weight": torch.ones(3, 5), "bias": torch.ones(2)}}, x)
+    assert re.match(match, caught.value.__notes__[0])
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        apply(linear, {"params": {"weight": torch.ones(2, 2)}}, torch.ones(1, 3))
+    assert not hasattr(caught.value, "__notes__")
+    wider = {"weight": torch.ones(5, 2), "bias": torch.ones(5)}  # a module serves for any width that its code takes
+    assert apply(linear, {"params": wider}, x).shape == (1, 5)
+
+
+def test_an_error_is_caught_around_apply_in_a_graph():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if x.shape[0] == 1:
+                raise ValueError("one")
+            return super().forward(x)
+
+    module = Picky(2, 2)
+
+    def tried(weight, x):
+        try:
+            return apply(module, {"params": {"weight": weight}}, x)
+        except ValueError:
+            return x + weight.sum()
+
+    for width in (2, 3):
+        x, weight = torch.ones(1, 2), torch.ones(2, width)
+        assert torch.equal(torch.compile(tried, fullgraph=True, backend="eager")(weight, x), tried(weight, x))

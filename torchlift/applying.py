@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -74,7 +74,12 @@ def apply(
         packed = Packed(_method(module, method), module, args, kwargs, label)
         packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
         tensors = _overridden(packed, variables)
-        out, update = packed.pure(tensors, packed.leaves)
+        try:
+            out, update = packed.pure(tensors, packed.leaves)
+        except Exception as error:
+            if not _compat.is_compiling():  # Dynamo has no notes
+                _note_shapes(error, packed, tensors)
+            raise
     for site, value in zip(update.meta.sites, update.sown, strict=True):
         sow_at(packed.module_at(site.root, site.path), site, value)  # for captures around this call
     if mutable is False:
@@ -152,6 +157,20 @@ def _names(packed: Packed, what: str, first: bool) -> dict[str, dict[str, int]]:
         if packed.memory is not None:
             packed.memory.keys[what] = found
     return found
+
+
+def _note_shapes(error: Exception, packed: Packed, tensors: Sequence[Tensor]) -> None:
+    """Adds to an error of a body which of the given variables have another shape than the module's.
+
+    That alone is none: a module may serve for weights of any width, or for a batch of them.
+    """
+    others = [
+        f"{entry.name!r} of collection {entry.collection!r} is {tuple(tensor.shape)}, expected {tuple(own.shape)}"
+        for entry, tensor, own in zip(packed.entries, tensors, packed.tensors, strict=True)
+        if tensor.shape != own.shape
+    ]
+    if others:
+        error.add_note(f"{packed.label}: got variables of other shapes than those of the module: {', '.join(others)}")
 
 
 def _first_name(packed: Packed, name: str) -> str:
