@@ -24,7 +24,7 @@ ROWS = [
     ["filters.py"],
     ["engine/*"],
     ["variables.py", "rng.py"],
-    ["groups.py", "nodes.py"],
+    ["groups.py", "nodes.py", "misspelt.py"],
     ["references.py"],
     ["collecting.py"],
     ["containers.py"],

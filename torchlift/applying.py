@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchlift import _compat
+from torchlift import _compat, misspelt
 from torchlift._context import context, entered
 from torchlift.errors import ArgumentError, TransformTargetError, VariableNameError
 from torchlift.filters import Filter, check, matches
@@ -98,6 +98,9 @@ def apply(
         if matches(mutable, site.collection):
             named = updated.setdefault(site.collection, {})
             named[site.dotted_name] = (*named.get(site.dotted_name, ()), value)
+    if not _compat.is_compiling() and (given := misspelt.named({"mutable": mutable})):
+        known = {entry.collection for entry in packed.entries}
+        misspelt.warn_misspelt(module, label, given, lambda: known.union(updated))
     return out, updated
 
 

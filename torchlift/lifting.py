@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from torchlift import _compat, stacked_classes, stacking
-from torchlift.collecting import INSIDE
+from torchlift import _compat, rng, stacked_classes, stacking
+from torchlift.collecting import INSIDE, Collected
 from torchlift.errors import TransformTargetError
+from torchlift.misspelt import Named, named, warn_misspelt
 
 Target = Any  # a module class, a functools.partial of one, or a function whose first argument is a module
 
@@ -45,6 +46,12 @@ class Transform:
         """What the lifted class has of its own, besides its lifted methods."""
         how = self.stacking(base)
         return {} if how is None else stacked_classes.members(base, how)
+
+    def named(self, *arguments: str) -> Named:
+        """The names in those of its arguments that tell what happens to collections, or to streams."""
+        if _compat.is_compiling():  # Dynamo would trace it for nothing, since what looks for them does not run there
+            return ()
+        return named({name: getattr(self, name) for name in arguments if hasattr(self, name)})
 
     def label(self, target: Any) -> str:
         """How errors name this use of the transform: ``scan(Block, length=12)``."""
@@ -102,6 +109,7 @@ def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[
         return functools.wraps(target)(functools.partial(lifted, target.__self__))
 
     label = transform.label(target)
+    look = _lookout(transform, label)
     # Dynamo knows no __dict__ of a partial; there is hardly ever anything in it.
     updated = () if isinstance(target, functools.partial) else functools.WRAPPER_UPDATES
 
@@ -112,9 +120,27 @@ def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[
                 f"{label}: the first argument is a {type(module).__name__}, expected an nn.Module: "
                 "a lifted function has the module as its first argument"
             )
-        return transform.call(target, module, args, kwargs, label)
+        out = transform.call(target, module, args, kwargs, label)
+        if not _compat.is_compiling():
+            look(module, args, kwargs)
+        return out
 
     return lifted_function
+
+
+def _lookout(transform: Transform, label: str) -> Callable[..., None]:
+    """What looks, after a call, for misspelt names among the arguments of the transform."""
+    collections = transform.named("variable_axes", "variable_broadcast", "variable_carry", "mapped_collections")
+    streams = transform.named("split_rngs")
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if collections:
+            found = lambda: (entry.collection for entry in Collected(module, args, kwargs, label).entries)
+            warn_misspelt(module, label, collections, found)
+        if streams:
+            warn_misspelt(module, label, streams, lambda: (rng.PARAMS, rng.DROPOUT, *rng.positions()))
+
+    return look
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
@@ -192,6 +218,7 @@ _numbers = itertools.count()
 def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> Callable[..., Any]:
     fn = inspect.getattr_static(base, method)
     label = transform.label(base)
+    look = _lookout(transform, label)
     name = str(next(_numbers))
     while _gone:
         _transforms.pop(_gone.pop())
@@ -204,7 +231,10 @@ def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> 
         # overrides hold; marked, its lifted methods are the plain ones there, or they would lift themselves forever.
         if cls in self.__dict__.get(INSIDE, ()):
             return fn(self, *args, **kwargs)
-        return _transforms[name].call(fn, self, args, kwargs, label, cls)
+        out = _transforms[name].call(fn, self, args, kwargs, label, cls)
+        if not _compat.is_compiling():
+            look(self, args, kwargs)
+        return out
 
     return lifted
 
