@@ -30,7 +30,7 @@ from torchlift.errors import (
 from torchlift.layer_calls import LayersCall, call_layer
 from torchlift.scanned import Scanned, scanned_places
 from torchlift.stacking import listed
-from torchlift.transforms.compiling import Static, constant, fleshed, register, skeleton, static_of, token
+from torchlift.transforms.compiling import Static, constant, fleshed, out_of_graph, register, skeleton, static_of, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
 from torchlift.transforms.profiling import names_of, traced_names, traced_names_within
 from torchlift.variables import Variable
@@ -97,7 +97,8 @@ class ScanLayers(nn.ModuleList):
         call = _Call(self, x, args, kwargs)
         reason, unexpected = call.why_plain()
         if reason is None:
-            return call.run()
+            out = call.run()
+            return out_of_graph(ScanLayers.forward, self, x, *args, **kwargs) if out is None else out[0]
         if not _compat.is_compiling():
             record(Report(self.label, "plain", reason))
             if unexpected and self.compile_options is not False:
@@ -161,7 +162,8 @@ class ScanLayers(nn.ModuleList):
 class _Call(LayersCall):
     """One call of the layers, through one compiled body where that serves."""
 
-    def run(self) -> Any:
+    def run(self) -> tuple[Any] | None:
+        """What comes out, through the engine; None where a graph of torch.compile would have to break."""
         layers, first = self.layers, self.packed[0]
         if _compat.is_compiling():
             self.attributes = scanned_places(first, layers.scanned_attributes)
@@ -176,12 +178,14 @@ class _Call(LayersCall):
                 trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
                 key = _register(layers.settings(), _compat.wrote(sees_attributes, *layers), *trees, *layers)
                 if not key:
-                    return self.plain()
+                    return (self.plain(),)
                 xs = self.xs()
                 carry, found = opaque_run(
                     key, consts, self.carry, xs, len(xs), compile=layers.compile_options,
                     names=traced_names(*[packed.roots for packed in self.packed]), **options,
                 )  # fmt: skip
+                if not found:
+                    return None
             else:
                 compile, key = layers.compile_options, layers.label
                 self.check_hidden()
@@ -211,12 +215,12 @@ class _Call(LayersCall):
                 return self.run()
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             record(Report(layers.label, "plain", str(error)))
-            return self.plain()
+            return (self.plain(),)
         ys: list[Any] = [(*y[:3], static_of(y[3])) for y in found]
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
-        return _tree.unflatten([*carry, *extras], static.out)
+        return (_tree.unflatten([*carry, *extras], static.out),)
 
     def scan(self, all_given: bool) -> None:
         """Decides which of the scanned attributes are given to the layers."""

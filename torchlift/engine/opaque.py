@@ -14,7 +14,6 @@ one mask. So every call bears a number of its own.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,13 +21,14 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine.capture import CaptureError
+from torchlift.engine.compiled import ON_VALUES
 from torchlift.engine.handles import Options, Row, prepare
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, plain_run
 from torchlift.engine.operators import OpaqueLoop, forward, laid_out
 from torchlift.engine.roster import Enrolled, roster_of
 from torchlift.engine.structure import decode, encode, mutable
 from torchlift.engine.trees import Parts, split
-from torchlift.errors import RandomnessError, TorchliftCompileWarning
+from torchlift.errors import RandomnessError, TorchliftCompileWarning, warn
 
 _bodies: dict[str, tuple[Callable[..., Body], Any, Row | None]] = {}  # what makes a body, its remat policy, its row
 _sites = itertools.count()
@@ -84,8 +84,9 @@ def opaque_run(
     Trees are of dicts, lists, tuples and named tuples. Of a policy given as ``remat`` only that it is there counts;
     the one that was registered with the body is used.
 
-    If xs are enrolled, ys come as a list of one tree, of stacks; and none come if the body cannot be compiled. There y
-    is a pair: what else there is, and a dict of the new state, by the number of a column of the xs.
+    If xs are enrolled, ys come as a list of one tree, of stacks. There y is a pair: what else there is, and a dict of the
+    new state, by the number of a column of the xs. There are none, and no carry, where the body cannot be compiled and
+    xs are enrolled, or where no graph at all can hold it.
     """
     site = _new_site()
     stacked = isinstance(xs, Stacked)
@@ -126,6 +127,8 @@ def _in_graph(
     key: str, site: int, length: int, stacked: bool, enrolled: bool, options: Options, backend: Any,
     refused: str | None, names: tuple[str, ...], consts: Tree, carry: Tree, xs: Tree,
 ) -> list[torch.Tensor]:  # fmt: skip
+    if _outputs.get(site, site) is None:  # a graph that was not compiled any further calls what came to nothing
+        return []
     factory, policy, row = _bodies[key]
     # A graph that is not compiled any further calls this each time, and serves others than whom it was traced with.
     live = enrolled and not _compat.is_traced(xs[0])
@@ -156,13 +159,12 @@ def _in_graph(
             raise CaptureError("a number among the arguments differs from call to call; pass it as a tensor")
         handle = prepare(body, key, length, stacked, options, compile, flat_consts, flat_carry, flat_xs, tensors, row)
     except CaptureError as error:
-        if enrolled:
+        if enrolled or ON_VALUES in str(error):
             _outputs[site] = None
             return []
         if key not in _warned:
             _warned.add(key)
-            text = f"{body.name} is unrolled into the surrounding graph: {error}"
-            warnings.warn(text, TorchliftCompileWarning, stacklevel=2)
+            warn(f"{body.name} is unrolled into the surrounding graph: {error}", TorchliftCompileWarning)
         settings.pop("unroll")
         out = plain_run(body, consts, carry, Stacked(xs) if stacked else xs, length, **settings)
         return _publish(site, *out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
 from torchlift.engine.spans import Names
 from torchlift.engine.trees import Template, split, whole
-from torchlift.errors import TorchliftCompileWarning
+from torchlift.errors import TorchliftCompileWarning, warn
 
 __all__ = ["Body", "Report", "Stacked", "explain_run", "last_report", "run"]
 
@@ -131,21 +130,21 @@ def run(
 
 
 def _run(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _Options, compile: Any) -> Any:
-    reason, warn = _why_plain(length, compile)
+    reason, unexpected = _why_plain(length, compile)
     if reason is None:
         given = _Given.of(consts, carry, xs)
-        reason, warn = given.why_plain()
+        reason, unexpected = given.why_plain()
         if reason is None:
             try:
                 return _compiled_run(body, given, length, options, Backend.of(compile))
             except CaptureError as error:
-                reason, warn = str(error), True
+                reason, unexpected = str(error), True
     record(Report(body.name, "plain", reason))
     out = _plain(body, consts, carry, xs, length, options)
     # After the loop, so that an error of the body comes alone.
-    if warn and body.key not in _warned:
+    if unexpected and body.key not in _warned:
         _warned.add(body.key)
-        warnings.warn(f"{body.name} runs as a plain Python loop: {reason}", TorchliftCompileWarning, stacklevel=4)
+        warn(f"{body.name} runs as a plain Python loop: {reason}", TorchliftCompileWarning)
     return out
 
 

@@ -68,3 +68,12 @@ def register(
     """Makes the body that ``make(*owners)`` builds known to the engine under ``key``; returns ``key``."""
     found = [weakref.ref(owner) for owner in owners]  # the engine keeps what it knows; it shall not keep the model
     return register_body(key, lambda *others: make(*(others or [owner() for owner in found])), policy, row)
+
+
+@torch.compiler.disable(
+    reason="torchlift: what a loop does depends on the values of a tensor, so no graph can hold it; outside of "
+    "fullgraph=True it runs between two graphs, with a warning that names the line"
+)
+def out_of_graph(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``fn(*args, **kwargs)`` in Python, where Dynamo would break the graph in the midst of this package."""
+    return fn(*args, **kwargs)

@@ -212,8 +212,10 @@ class Iterations:
 
     # Loop ------------------------------------------------------------------------------------------------------------
 
-    def loop(self, register: Callable[[], str], *, compile: Any, **options: Any) -> tuple[Any, Any]:
+    def loop(self, register: Callable[[], str], *, compile: Any, **options: Any) -> tuple[Any, Any] | None:
         """Runs the loop and publishes its state; the carry as the user's tree, and the engine's ys.
+
+        None, with nothing done, where a graph of ``torch.compile`` around it would have to break.
 
         ``register`` makes the body known for a graph of ``torch.compile`` around the loop, and returns its key; an
         empty one where the loop has to be plain.
@@ -238,10 +240,13 @@ class Iterations:
             known = "" if compile is False or packed.nested or length == 0 else register()
             if known:
                 refused = dict(packed.refused).get(rng.DROPOUT)
-                (state, leaves), ys = opaque_run(
+                out, ys = opaque_run(
                     known, consts, carry, xs, length, compile=compile, refused=refused,
                     names=["\n".join(self.names())], **options
                 )  # fmt: skip
+                if out is None:
+                    return None
+                state, leaves = out
             else:
                 body = loop.Body(self.body, self.label, self.label)
                 (state, leaves), ys = loop.plain_run(body, consts, carry, xs, length, **_plain_options(options))

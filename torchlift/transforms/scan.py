@@ -15,7 +15,7 @@ from torchlift.errors import AxisError, TransformTargetError, UnsupportedError
 from torchlift.filters import DenyList, Filter, In, Out
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
-from torchlift.transforms.compiling import fleshed, register, skeleton
+from torchlift.transforms.compiling import fleshed, out_of_graph, register, skeleton
 from torchlift.transforms.iterations import Iterations, broadcast, warn_plain
 from torchlift.transforms.options import (
     check_axes,
@@ -83,10 +83,13 @@ class _Scan(_Loop):
         if not args:
             raise TransformTargetError(f"{label}: got no carry, expected a call (carry, *xs), with None for no carry")
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
-        carry, ys = iterations.loop(
+        done = iterations.loop(
             lambda: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None),
             reverse=self.reverse, unroll=self.unroll, compile=self.compile,
         )  # fmt: skip
+        if done is None:
+            return out_of_graph(self.call, fn, module, args, kwargs, label, inside)
+        carry, ys = done
         return carry, iterations.placed(ys, self.out_axes)
 
     def iterations(
@@ -127,11 +130,13 @@ class _Remat_scan(_Loop):
                 "(module, carry) -> carry"
             )
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
-        carry, _ = iterations.loop(
+        done = iterations.loop(
             lambda: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy),
             remat=self.policy or True, lengths=self.lengths, compile=self.compile,
         )  # fmt: skip
-        return carry
+        if done is None:
+            return out_of_graph(self.call, fn, module, args, kwargs, label, inside)
+        return done[0]
 
     def iterations(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None,

@@ -1,0 +1,94 @@
+"""A loop that no graph of torch.compile can hold breaks it once, and runs in Python with one warning."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import torchlift
+from torchlift import TorchliftCompileWarning
+
+
+class Branch(nn.Linear):
+    """What it does depends on the values of a tensor."""
+
+    def forward(self, x, *_):
+        y = super().forward(x)
+        return y.relu() if y.sum() > 0 else y - 1
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = Branch(4, 4)
+
+    def forward(self, c, x):
+        c = self.branch(c + x)
+        return c, c
+
+
+LOOPS = {
+    "scan_layers": lambda: torchlift.scan_layers([Branch(4, 4) for _ in range(5)]),
+    "scan": lambda: torchlift.scan(Cell, variable_broadcast="params")(),
+    "remat_scan": lambda: torchlift.remat_scan(Branch, lengths=(2, 2))(4, 4),
+}
+
+
+def around(name, loop):
+    def call(x):
+        if name != "scan":
+            return loop(x * 2).sum() * 3
+        c, ys = loop(x[0] * 2, x)
+        return (c.sum() + ys.sum()) * 3
+
+    return call
+
+
+def results(call, loop, x):
+    out = call(x)
+    return [out, *torch.autograd.grad(out, list(loop.parameters()))]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_that_depends_on_values_breaks_the_graph_once_and_warns_once(name, backend):
+    loop = LOOPS[name]()
+    call = around(name, loop)
+    compiled = torch.compile(call, backend=backend)
+    xs = [torch.randn(3, 4) for _ in range(4)]
+    counters.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = [results(compiled, loop, x) for x in xs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, each in zip(xs, got, strict=True):
+            torch.testing.assert_close(each, results(call, loop, x))
+    if backend == "eager":  # said once of a body
+        (warning,) = caught
+        assert issubclass(warning.category, TorchliftCompileWarning) and warning.filename == __file__
+        assert re.search(
+            r"plain Python loop: test_broken_graphs.py:\d+ depends on the values of a", str(warning.message)
+        )
+    assert counters["stats"]["unique_graphs"] <= 4 and counters["frames"]["total"] <= 6
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_graph_that_may_not_break_is_refused_with_the_reason(name):
+    loop = LOOPS[name]()
+    with pytest.raises(Exception, match="what a loop does depends on the values of a tensor, so no graph can hold it"):
+        torch.compile(around(name, loop), backend="eager", fullgraph=True)(torch.randn(3, 4))
+
+
+def test_layers_that_change_state_run_once_in_a_graph_that_is_not_compiled_any_further():
+    layers = [nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)) for _ in range(3)]
+    loop, x = torchlift.scan_layers(layers, compile={"backend": "eager"}), torch.randn(5, 4)
+    found = []
+    for call in (torch.compile(loop, backend="eager"), loop):
+        torch.manual_seed(3)
+        found.append((call(x), torch.get_rng_state()))
+    torch.testing.assert_close(*found)
+    assert all(layer[0].num_batches_tracked == 2 for layer in layers)
