@@ -84,9 +84,9 @@ def opaque_run(
     Trees are of dicts, lists, tuples and named tuples. Of a policy given as ``remat`` only that it is there counts;
     the one that was registered with the body is used.
 
-    If xs are enrolled, ys come as a list of one tree, of stacks. There y is a pair: what else there is, and a dict of the
-    new state, by the number of a column of the xs. There are none, and no carry, where the body cannot be compiled and
-    xs are enrolled, or where no graph at all can hold it.
+    If xs are enrolled, ys come as a list of one tree, of stacks. There y is a pair: what else there is, and a dict of
+    the new state, by the number of a column of the xs. There are none, and no carry, where the body cannot be compiled
+    and xs are enrolled, or where no graph at all can hold it.
     """
     site = _new_site()
     stacked = isinstance(xs, Stacked)
