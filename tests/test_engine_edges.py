@@ -202,3 +202,21 @@ def test_other_backends_are_given_both_graphs():
     out, _, leaves = loop({"backend": backend})
     assert len(seen) == 2
     out.sum().backward()
+
+
+def test_options_of_inductor_reach_it(monkeypatch):
+    """``cpp_wrapper`` is an argument of Inductor, not only an option."""
+    from torch._inductor import compile_fx
+
+    given = []
+
+    def spy(graph, inputs, **kind):
+        given.append(kind.get("cpp_wrapper", False))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
+    for wrapped in (False, True):
+        body = Body(lambda consts, carry, x: (carry + x, ()), f"cpp_wrapper {wrapped}", "adds")
+        with pytest.warns(torchlift.TorchliftCompileWarning, match="seen"):
+            run(body, (), torch.zeros(3), [torch.ones(3)] * 2, 2, compile={"options": {"cpp_wrapper": wrapped}})
+    assert given == [False, True]

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import platform
 import sys
 import threading
 import types
@@ -262,7 +263,6 @@ class Inductor:
         """
         from torch._guards import TracingContext
         from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
         if not train and self.options.get("use_joint_graph_passes", True):
@@ -273,17 +273,25 @@ class Inductor:
         order = {} if last is None else {**_passes(last), "reorder_for_peak_memory": False}
         with TracingContext.report_output_strides() as strides, torch.no_grad(), torch._C._DisableAutocast():
             with config.patch(order):
-                compiled = compile_fx_inner(graph, inputs, is_inference=not train)
+                compiled = _inductor_compile(graph, inputs, is_inference=not train)
         return _boxed(compiled), strides
 
     def backward(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
-        from torch._inductor.compile_fx import compile_fx_inner
-
         output = next(iter(reversed(graph.graph.nodes)))
         nodes = output.args[0]
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
         with torch.no_grad(), torch._C._DisableAutocast():
-            return _boxed(compile_fx_inner(graph, inputs, is_backward=True))
+            return _boxed(_inductor_compile(graph, inputs, is_backward=True))
+
+
+def _inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any], **kind: Any) -> Callable[..., Any]:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner, get_cpp_wrapper_config
+
+    if not config.cpp_wrapper:
+        return compile_fx_inner(graph, inputs, **kind)
+    with config.patch(get_cpp_wrapper_config()):  # as an option alone it does nothing
+        return compile_fx_inner(graph, inputs, cpp_wrapper=True, **kind)
 
 
 def _passes(last: Any) -> dict[str, Any]:
@@ -295,6 +303,22 @@ def _passes(last: Any) -> dict[str, Any]:
         return {"_post_fusion_custom_pass": last, "fx_graph_cache": False}
     members = {"__call__": lambda self, kernels: last(kernels), "uuid": lambda self: last.content}
     return {"_post_fusion_custom_pass": type("Pass", (base,), members)()}
+
+
+@functools.cache
+def ask_processor() -> None:
+    """Asks what Inductor will ask of the processor, in threads, once: on a new machine a compiler answers for 7 s.
+
+    Inductor runs it for one set of instructions after the other, when it makes its first kernel. Here two of them run
+    at a time, while a body is captured.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        flags = cpu_vec_isa.x86_isa_checker()
+        found = [isa for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= set(flags)]
+        for share in (found[::2], found[1::2]):
+            threading.Thread(target=lambda share=share: [*map(bool, share)], daemon=True).start()
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:

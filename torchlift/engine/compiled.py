@@ -306,6 +306,8 @@ def capture_program(
     """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
     symbolic = any(dims)
     train, signature = request.train, request.signature
+    if request.backend.inductor and any(t.device.type == "cpu" for t in request.tensors):
+        _compat.ask_processor()
     mode = _compat.new_fake_mode(symbolic)
     fn = capture.substituted(capture.unrolled(request.body, signature), closures)
     a = signature.consts.tensors
