@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import queue
+import sys
 import threading
 import warnings
 from typing import Any
@@ -20,6 +23,7 @@ from engine_zoo import (
 )
 
 import torchlift
+from torchlift import _compat
 from torchlift.engine import compiled
 from torchlift.engine.run import Body, Stacked, explain_run, last_report, run
 
@@ -202,6 +206,29 @@ def test_other_backends_are_given_both_graphs():
     out, _, leaves = loop({"backend": backend})
     assert len(seen) == 2
     out.sum().backward()
+
+
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="nothing is asked elsewhere")
+def test_asking_the_processor_without_a_compiler_says_nothing(monkeypatch):
+    """The loop says it, in its warning; a thread that ends in an error prints a traceback beside that."""
+    from torch._inductor import cpu_vec_isa
+
+    asked, ended = queue.Queue(), []
+
+    class Isa:
+        def __str__(self):
+            return ""  # needs nothing of the processor
+
+        def __bool__(self):
+            asked.put(threading.current_thread())
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", [Isa(), Isa()])
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    _compat.ask_processor.__wrapped__()
+    first, second = asked.get(timeout=60), asked.get(timeout=60)
+    first.join(), second.join()
+    assert first is not second and not ended
 
 
 def test_options_of_inductor_reach_it(monkeypatch):

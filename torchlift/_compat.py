@@ -317,8 +317,14 @@ def ask_processor() -> None:
     if sys.platform == "linux" and platform.machine() == "x86_64":
         flags = cpu_vec_isa.x86_isa_checker()
         found = [isa for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= set(flags)]
+
+        def ask(share: list[Any]) -> None:
+            with contextlib.suppress(Exception):  # that there is no compiler, say: who compiles will hear of it
+                for isa in share:
+                    bool(isa)
+
         for share in (found[::2], found[1::2]):
-            threading.Thread(target=lambda share=share: [*map(bool, share)], daemon=True).start()
+            threading.Thread(target=ask, args=(share,), daemon=True).start()
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
