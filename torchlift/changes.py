@@ -147,8 +147,7 @@ class Changeable(Collected):
         if not statistics:
             return counted
         counters = [i for name, i in own if name == "num_batches_tracked"]
-        cls: Any = type(owner)
-        if counters and _is_torchs_own(cls):
+        if counters and _is_torchs_own(type(owner).forward):
             return counted.union(statistics) if any(i in counted for i in counters) else counted
         return counted.union([i for i in statistics if i not in counted and _may_differ(bound[i], given[i])])
 
@@ -238,6 +237,6 @@ def _names_batch_norm(cls: Any) -> bool:
 
 
 @functools.cache
-def _is_torchs_own(cls: Any) -> bool:
-    """Whether the forward of a class is one of torch's layers."""
-    return inspect.unwrap(cls.forward).__module__.startswith("torch.nn.")
+def _is_torchs_own(forward: Any) -> bool:
+    """Whether a forward, which a class may be given anew, is that of one of torch's layers."""
+    return inspect.unwrap(forward).__module__.startswith("torch.nn.")
