@@ -93,6 +93,26 @@ def test_functorch_and_modes_run_plain():
         assert last_report().path == "plain"
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(3)]),
+        lambda: torch.eye(3)[:2].to_sparse(),
+        lambda: torch._neg_view(torch.ones(2, 3)),
+        lambda: torch.ones(2, 3, device="meta"),
+    ],
+    ids=["nested", "sparse", "neg", "meta"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_one_iteration_on_what_is_no_plain_tensor(odd):
+    body = Body(lambda c, h, x: (h + 1, None), odd, "scan")
+    with pytest.warns(
+        torchlift.TorchliftCompileWarning, match="scan runs as a plain Python loop: an input is a Tensor"
+    ):
+        out, _ = run(body, None, torch.zeros(()), [torch.ones(2, 3), odd()], 2, compile=EAGER_GRAPHS)
+    assert out == 2 and last_report().path == "plain"
+
+
 def test_errors_of_the_body_are_its_own():
     body = Body(lambda c, h, x: (h @ x, None), "fails", "scan")
     with warnings.catch_warnings():

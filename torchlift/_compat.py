@@ -415,7 +415,9 @@ class Form:
 
     def fits(self, tensors: list[torch.Tensor]) -> bool:
         """Whether class, kind, dtype, device, size, strides and requires_grad agree. It may be False where they do."""
-        return len(tensors) == self._count and self._guards.check(*tensors)
+        if len(tensors) != self._count or any(tensor.is_nested for tensor in tensors):  # which end the process there
+            return False
+        return self._guards.check(*tensors)
 
 
 # --- the engine: rematerialisation --------------------------------------------------------------------------------

@@ -185,6 +185,7 @@ def is_plain(t: torch.Tensor) -> bool:
         and t.layout is torch.strided
         and t.device.type != "meta"
         and not t.is_quantized
+        and not t.is_nested
         and not t.is_conj()
         and not t.is_neg()
     )
