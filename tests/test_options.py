@@ -75,6 +75,8 @@ def test_a_backend_that_there_is_not_is_refused_where_a_transform_is_made(name):
         OptionError, match=rf"{name}: .* the mode 'fast', expected one that torch.compile knows: .*auto"
     ):
         make(mode="fast")
+    with pytest.raises(OptionError, match=rf"{name}: .* the mode \['fast'\], expected one that torch.compile knows: "):
+        make(mode=["fast"])
     make(backend=None, mode="max-autotune"), make(backend=lambda graph, inputs: graph), make(backend="aot_eager")
 
 

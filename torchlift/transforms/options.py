@@ -60,7 +60,7 @@ def check_backend(backend: Any, mode: Any, where: str) -> None:
     if mode is not None and backend in (None, "inductor"):
         try:
             _compat.inductor_mode_options(mode)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise OptionError(f"{where} the mode {mode!r}, expected one that torch.compile knows: {error}") from error
 
 
