@@ -153,15 +153,29 @@ def ensembles(size: int, batch: int, like: Tensor) -> tuple[dict[str, Callable[[
     }, [nets, held, lifted]
 
 
-def lifted_calls(like: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """One call of a model of 12 parameters on given parameters."""
-    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]).to(like)
+def lifted_calls(like: Tensor, state: bool = False) -> dict[str, Callable[[], Any]]:
+    """One call of a model of 12 parameters on given parameters; or with batch statistics, which it changes.
+
+    functional_call writes into the buffers that it is given, so there the caller copies them.
+    """
+    pair = [lambda: nn.Linear(8, 8), lambda: nn.BatchNorm1d(8) if state else nn.Linear(8, 8)]
+    model = nn.Sequential(*[make() for _ in range(3) for make in pair]).to(like)
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
     x = torch.randn(4, 8).to(like)
-    return {
+
+    def functional() -> Any:
+        changed = {name: b.clone() for name, b in buffers.items()}
+        return torch.func.functional_call(model, {**params, **changed}, (x,)), changed
+
+    def apply() -> Any:
+        return torchlift.apply(model, {"params": params, "batch_stats": buffers}, x, mutable="batch_stats")
+
+    plain = {
         "torch.func.functional_call": lambda: torch.func.functional_call(model, params, (x,)),
         "torchlift.apply": lambda: torchlift.apply(model, {"params": params}, x),
     }
+    return {"torch.func.functional_call": functional, "torchlift.apply": apply} if state else plain
 
 
 def training(forward: Callable[[], Tensor], modules: Sequence[nn.Module]) -> Callable[[], None]:

@@ -80,9 +80,9 @@ def ensemble(like: torch.Tensor, size: int, batch: int, seconds: float) -> Figur
     return steps(like, ensembles(size, batch, like), seconds)
 
 
-def call(like: torch.Tensor, seconds: float) -> Figures:
+def call(like: torch.Tensor, seconds: float, state: bool = False) -> Figures:
     with torch.no_grad():
-        return measure({way: lambda made=made: made for way, made in lifted_calls(like).items()}, like, seconds)
+        return measure({way: lambda made=made: made for way, made in lifted_calls(like, state).items()}, like, seconds)
 
 
 WHAT: dict[str, Callable[..., Figures]] = {"stacks": stacks, "lstm": lstm, "ensemble": ensemble, "call": call}

@@ -164,6 +164,7 @@ class Packed(Changeable):
         if not compiling:
             dicts = [*fields, *[own[store] for own in fields for store in STORES]]
         before = [own.copy() for own in dicts]
+        counts = None if compiling else _compat.dict_versions(dicts)
         held = [(at, key, value := shadows[at].__dict__.get(key), held_in(value)) for at, key in self.containers]
         frames = self.context["captures"]
         frame = Capture(_AnyOf(frames)) if frames else None
@@ -187,7 +188,8 @@ class Packed(Changeable):
         changes: list[Change] = []
         values: list[Tensor] = []
         # In most runs nothing is assigned, which is told by a look at what all modules hold. Dynamo knows no such look.
-        assigned = compiling or not same(dicts, before)
+        untouched = counts is not None and counts == _compat.dict_versions(dicts)
+        assigned = not untouched and (compiling or not same(dicts, before))
         now = _compat.versions([bound[index] for index in self.buffers])
         counted = {index for index, old, new in zip(self.buffers, versions, now) if old != new}
         if assigned:

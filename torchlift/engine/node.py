@@ -135,11 +135,17 @@ class _Gradients:
         self.sums: list[torch.Tensor | None] = [None] * (plan.consts + plan.closures)
         self.xs: list[list[torch.Tensor | None]] = [[None] * plan.length for _ in range(plan.x_tensors)]
         self.stacks: list[torch.Tensor | None] = [None] * plan.x_tensors
-        self.y_slices = self._cut(self.ys) if plan.joined else None
+        self.y_slices = self._cut() if plan.joined else None
 
-    @staticmethod
-    def _cut(ys: Sequence[torch.Tensor | None]) -> list[Sequence[torch.Tensor] | None]:
-        return [None if y is None else y.unbind(0) for y in ys]
+    def _cut(self) -> list[Sequence[torch.Tensor] | None]:
+        """Gradients of ys by iteration, laid out all at once: a loop over time has hundreds, each of a few numbers."""
+        orders = self.run.plan.chunks[0][0].tangent_orders
+        cut: list[Sequence[torch.Tensor] | None] = []
+        for at, y in enumerate(self.ys, self.run.plan.carries):
+            order = orders.get(at)
+            stacked = None if order is None else [0, *(dim + 1 for dim in order)]
+            cut.append(None if y is None else _laid(y, stacked).unbind(0))
+        return cut
 
     def tangent(self, program: Program, positions: range, i: int) -> torch.Tensor:
         """The gradient of the ``i``-th output of a chunk, laid out as the graph expects it."""
