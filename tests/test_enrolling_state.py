@@ -274,6 +274,24 @@ def test_a_layer_that_returns_more_than_the_carry() -> None:
     check(model)
 
 
+@pytest.mark.parametrize("layer", [Norm, lambda: nn.Linear(4, 4)], ids=["state", "none"])
+def test_under_hooks_on_saved_tensors(layer: Callable[[], nn.Module]) -> None:
+    """Their forward saves carries and values of its own; only the graph around gives them to hooks."""
+
+    def around(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            with torch.autograd.graph.save_on_cpu():
+                return run(x)
+
+        return call
+
+    model = Net(3, layer=layer)
+    twin, call, x = copy.deepcopy(model), compiled(model), torch.randn(5, 4)
+    assert_equal(results(around(call), model, x), results(around(twin.loop), twin, x))
+    recomputed = results(lambda x: checkpoint(call, x, use_reentrant=False), model.eval(), x)
+    assert_equal(recomputed, results(twin.eval().loop, twin, x))
+
+
 def test_frozen_layers_whose_statistics_move() -> None:
     model = Net(3)
     model.blocks.requires_grad_(False)

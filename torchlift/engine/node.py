@@ -292,7 +292,7 @@ def single_backward(
 
 
 def run_forward(
-    plan: Plan, tensors: Sequence[torch.Tensor], names: Names | None
+    plan: Plan, tensors: Sequence[torch.Tensor], names: Names | None, honour_hooks: bool = True
 ) -> tuple[Tensors, Residuals, list[_Model]]:
     """The loop's outputs (carry, then ys), what backward needs, and models of the first chunk's outputs (for zeros)."""
     run = _Execution(plan, tensors, names)
@@ -300,7 +300,7 @@ def run_forward(
         run.start = run.states()
     train = plan.chunks[0][0].bw is not None
     size = plan.pieces[0] if plan.pieces else 0
-    kept = Residuals()
+    kept = Residuals(honour_hooks)
     ys: list[list[torch.Tensor]] = [[] for _ in range(plan.length)]
     carry = run.carry
     models: list[_Model] = []

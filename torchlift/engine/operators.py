@@ -90,7 +90,8 @@ def _forward(
     on: torch.Tensor | None, tensors: list[torch.Tensor], name: str, site: int, names: list[str]
 ) -> list[torch.Tensor]:
     handle = handle_named(name)
-    outs, kept, _ = run_forward(handle.plan, _with_rows(handle, tensors), _names(names))
+    # Hooks on saved tensors are given what this returns: the graph around saves it.
+    outs, kept, _ = run_forward(handle.plan, _with_rows(handle, tensors), _names(names), honour_hooks=False)
     if not handle.spec.train:
         return outs
     rows = roster_of(tensors[sum(handle.spec.counts[:2])]).rows if handle.kept_columns else []
