@@ -206,6 +206,44 @@ def test_a_write_between_forward_and_backward_is_refused(kind: type[Model]) -> N
         out.backward()
 
 
+class Moves(Block):
+    """Writes, if asked to, a buffer whose value backward needs."""
+
+    def forward(self, x: Tensor, move: bool = False) -> Tensor:  # type: ignore[override]
+        y = torch.tanh(self.linear(x)) * self.shift.clone()
+        if move:
+            self.shift.lerp_(x.detach().mean(0), 0.5)
+        return x + y
+
+
+class Moving(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torchlift.scan_layers([Moves() for _ in range(3)], compile={"backend": "aot_eager"})
+
+
+def test_a_write_by_a_later_call_of_the_layers_is_refused_if_backward_needs_what_was_there() -> None:
+    model = Moving()
+    call, x = compiled(model), torch.randn(3, 4)
+    out = call(x, False).sum()
+    call(x, True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_a_backward_does_not_mind_who_writes_what_its_forward_wrote() -> None:
+    model, graphs = Moving(), Graphs()
+    twin, call, x = copy.deepcopy(model), compiled(model, graphs), torch.randn(3, 4)
+    for run, of in ((call, model), (twin.loop, twin)):
+        out = run(x, True).sum()
+        of.loop(x, True)
+        out.backward()
+    assert_equal(
+        [p.grad for p in model.blocks[1].linear.parameters()], [p.grad for p in twin.blocks[1].linear.parameters()]
+    )
+    assert all(count < 16 for count in graphs.inputs)
+
+
 class Gradless(Model):
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         with torch.no_grad():

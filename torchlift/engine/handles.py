@@ -86,14 +86,18 @@ class Handle:
     row: tuple[_Meta, ...] | None  # that of Row, if xs are enrolled
 
     def __post_init__(self) -> None:
-        # Of enrolled xs, the columns that the loop writes and that its backward reads as they were before.
+        # Of enrolled xs, the columns that backward reads: those that the loop writes, as they were before, and others.
         self.kept_columns: dict[int, _Meta] = {}
+        self.live_columns: list[int] = []
         if self.row is not None:
             y, width = self.program.ys[0], self.spec.x.tensors
             written = y.fill(range(y.tensors))[1]
             start = sum(self.spec.counts[:2])
             read = {(i - start) % width for kind, i in self.program.feeds if kind == "input" and i >= start}
-            self.kept_columns = {at: self.row[at] for at in written if self.plan.pieces or at in read}
+            if self.plan.pieces:  # it runs the layers again
+                read = set(range(width))
+            self.kept_columns = {at: self.row[at] for at in written if at in read}
+            self.live_columns = sorted(read - set(written))
 
 
 def handle_named(name: str) -> Handle:

@@ -14,7 +14,7 @@ from torchlift.engine.capture import like_strided
 from torchlift.engine.handles import Handle, blank, graph_inputs, handle_named, inverse
 from torchlift.engine.node import Residuals, run_backward, run_forward
 from torchlift.engine.plan import Program
-from torchlift.engine.roster import check_version, roster_of
+from torchlift.engine.roster import check_versions, roster_of
 from torchlift.engine.spans import Names
 
 
@@ -158,7 +158,7 @@ def _backward(
     inputs = _with_rows(handle, tensors)
     if handle.row is not None:
         start = sum(handle.spec.counts[:2])
-        check_version(tensors[start])
+        check_versions(tensors[start], handle.live_columns)
         for column in reversed(handle.kept_columns):
             inputs[start + column :: len(handle.row)] = kept.pop().unbind(0)
     flags = program.requires_grad[: program.carries + program.ys[0].tensors]

@@ -16,7 +16,6 @@ reads what such a buffer held gets it from its forward.
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ class Roster:
     def __init__(self, rows: Sequence[Sequence[Tensor]], holder: object, uncounted: frozenset[int] = frozenset()):
         self.rows, self.holder, self.uncounted = rows, weakref.ref(holder), uncounted
         self.number = next(_numbers)
-        self._own_writes, self._lock = 0, threading.RLock()
         _rosters[self.number] = self
 
     @property
@@ -53,19 +51,16 @@ class Roster:
         return [tensor for row in self.rows for tensor in row]
 
     @property
-    def version(self) -> int:
-        """A number that is another one after each write into any of them, but for those of :meth:`write`."""
-        with self._lock:
-            return sum(_compat.versions(self.tensors)) - self._own_writes
+    def versions(self) -> list[int]:
+        """A number for each column, that is another one after each write into it."""
+        found, width = _compat.versions(self.tensors), len(self.rows[0])
+        return [sum(found[column::width]) for column in range(width)]
 
     def write(self, columns: Sequence[int], stacks: Sequence[Tensor]) -> None:
         """Writes the state that a loop left, a stack for each of some columns."""
-        with self._lock:
-            before = self.version
-            for column, stack in zip(columns, stacks, strict=True):
-                targets = [row[column].data if column in self.uncounted else row[column].detach() for row in self.rows]
-                _compat.foreach_copy_(targets, list(stack.unbind(0)))
-            self._own_writes += self.version - before
+        for column, stack in zip(columns, stacks, strict=True):
+            targets = [row[column].data if column in self.uncounted else row[column].detach() for row in self.rows]
+            _compat.foreach_copy_(targets, list(stack.unbind(0)))
 
 
 # What a graph gets of one is made without regard to the mode of the caller: a graph may change that, and change it
@@ -73,12 +68,13 @@ class Roster:
 
 
 def ticket_for(roster: Roster) -> Tensor:
-    """A tensor by which an operator finds the roster, and knows which version of it was meant.
+    """A tensor by which an operator finds the roster, and knows which versions of its columns were meant.
 
     A new one for each call: one that saved it for its backward is not to see that another call wrote into it.
     """
     with torch.inference_mode(False):
-        ticket: Any = torch.tensor([roster.number, roster.version], device="cpu")
+        ticket: Any = torch.tensor([roster.number, *roster.versions], device="cpu")
+    _compat.mark_static(ticket)  # as stand-ins
     ticket.roster = roster  # which lives as long as anything that may still ask for it: see also _StandIns
     return ticket
 
@@ -114,9 +110,10 @@ def roster_of(ticket: Tensor) -> Roster:
     return roster
 
 
-def check_version(ticket: Tensor) -> None:
-    """Refuses tensors that were written since the ticket was made, as autograd refuses them among those it saved."""
-    if int(ticket[1]) != roster_of(ticket).version:
+def check_versions(ticket: Tensor, columns: Sequence[int]) -> None:
+    """Refuses columns that were written since the ticket was made, as autograd refuses tensors among those it saved."""
+    meant, found = ticket.tolist()[1:], roster_of(ticket).versions
+    if any(meant[column] != found[column] for column in columns):
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a "
             "parameter or buffer of the layers was written after they ran; write it after backward()"
