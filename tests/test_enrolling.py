@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -424,3 +425,26 @@ def test_state_that_layers_change_is_published_by_the_graph() -> None:
     for batch in (3, 5):
         x = torch.randn(batch, 4)
         assert_equal([*results(call, model, x), *model.buffers()], [*results(twin.loop, twin, x), *twin.buffers()])
+
+
+def test_a_batch_of_another_size_in_channels_last() -> None:
+    layers = torchlift.scan_layers(
+        [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(3)], compile=AOT
+    )
+    layers.to(memory_format=torch.channels_last)
+    graphs = Graphs()
+    call = compiled(layers, graphs)
+
+    def loop(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torchlift.TorchliftCompileWarning)
+        for batch in (2, 3, 5):
+            x = torch.randn(batch, 4, 6, 6).to(memory_format=torch.channels_last)
+            got = results(call, layers, x)
+            assert_equal(got, results(loop, layers, x))
+            assert got[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(count < 6 for count in graphs.inputs) and len(graphs.inputs) == 2

@@ -274,8 +274,14 @@ def stride_order(tensor: torch.Tensor) -> list[int]:
     """The dimensions from the one with the largest stride to the one with the smallest."""
     if tensor.is_contiguous():
         return list(range(tensor.ndim))
-    sizes, strides = tensor.size(), tensor.stride()
-    return sorted(range(tensor.ndim), key=lambda d: -strides[d] if sizes[d] > 1 else 0)
+    return order_of(tensor.size(), tensor.stride())
+
+
+def order_of(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """That of a tensor of these sizes and strides."""
+    order = sorted(range(len(sizes)), key=lambda d: -strides[d] if sizes[d] > 1 else 0)
+    telling = [d for d in order if sizes[d] > 1]
+    return sorted(order) if telling == sorted(telling) else order
 
 
 def _require_no_lost_gradient(joint: torch.fx.GraphModule) -> None:

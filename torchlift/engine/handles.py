@@ -19,7 +19,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import compiled
-from torchlift.engine.capture import CaptureError, Signature, stride_order
+from torchlift.engine.capture import CaptureError, Signature, order_of, stride_order
 from torchlift.engine.compiled import Request, capture_program, settle
 from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
@@ -145,8 +145,9 @@ def prepare(
 def _meta(t: torch.Tensor, train: bool) -> _Meta:
     """Size, memory order, dtype, device, whether a gradient is wanted, and the symbolic dimensions."""
     dims = frozenset(d for d in range(t.ndim) if isinstance(t.size(d), torch.SymInt))
-    order = tuple(stride_order(t)) if not dims else tuple(range(t.ndim))
-    return tuple(_compat.size_hint(s) for s in t.size()), order, t.dtype, t.device, train and t.requires_grad, dims
+    sizes, strides = (tuple(map(_compat.size_hint, numbers)) for numbers in (t.size(), t.stride()))
+    order = tuple(order_of(sizes, strides) if dims else stride_order(t))
+    return sizes, order, t.dtype, t.device, train and t.requires_grad, dims
 
 
 def _in_own_thread(make: Callable[[], Any]) -> Any:
