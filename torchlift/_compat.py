@@ -402,7 +402,7 @@ def dict_versions(dicts: list[dict[str, Any]]) -> list[int] | None:
     return [*map(torch._C._dynamo.guards.dict_version, dicts)]
 
 
-class Form:
+class Likeness:
     """What a row of tensors is like, for others to be held against: 1 us for a dozen, where Python takes 40."""
 
     def __init__(self, tensors: list[torch.Tensor]):

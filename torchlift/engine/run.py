@@ -210,7 +210,7 @@ class _Given:
 
     def why_plain(self) -> tuple[str | None, bool]:
         """As :func:`_why_plain`, for the tensors. What is like the first iteration is not looked at again."""
-        first: _compat.Form | None = None
+        first: _compat.Likeness | None = None
         for tensors, _ in (self.consts, self.carry, *self.xs):
             if first is not None and first.fits(tensors):
                 continue
@@ -220,7 +220,7 @@ class _Given:
                 if not is_plain(t):
                     return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
             if first is None and tensors is self.xs[0][0]:
-                first = _compat.Form(tensors)
+                first = _compat.Likeness(tensors)
         return None, False
 
 
@@ -407,7 +407,7 @@ def _list_plans(job: _Job, flat: list[_Split]) -> list[_Node]:
     size = max(pieces[0] if pieces else 1, 1)
     if size == 1 and o.unroll not in (1, "auto"):  # layers, with weights of their own
         size = _unroll(job, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
-    memo: list[tuple[Any, _compat.Form, _Node, list[bool]]] = []  # few: most iterations are alike
+    memo: list[tuple[Any, _compat.Likeness, _Node, list[bool]]] = []  # few: most iterations are alike
     nodes = []
     for at in range(0, length, size):
         part = flat[at : at + size]
@@ -415,7 +415,7 @@ def _list_plans(job: _Job, flat: list[_Split]) -> list[_Node]:
         found = next(((node, after) for known, form, node, after in memo if known == key and form.fits(tensors)), None)
         if found is None:
             found = _list_node(job, part, flags, pieces)
-            memo.append((key, _compat.Form(tensors), *found))
+            memo.append((key, _compat.Likeness(tensors), *found))
         node, flags = found
         nodes.append(node)
     return nodes
