@@ -306,3 +306,12 @@ def test_what_a_user_saved_for_a_backward_of_his_own_is_seen_to_change() -> None
     call(torch.randn(5, 4))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_a_ticket_lives_until_it_is_out_of_date() -> None:
+    """Guards tell tensors apart by address: one that is gone leaves its own to the ticket of another stack."""
+    model = Net(3)
+    ticket = model.blocks.enrolment[1]
+    assert model.blocks.enrolment[1] is ticket
+    compiled(model)(torch.randn(5, 4))
+    assert model.blocks.enrolment[1] is not ticket

@@ -31,10 +31,15 @@ class _Known:
     digest: str
     roster: Roster
     stand_ins: tuple[Tensor, ...]
+    ticket: Tensor
 
     @property
     def enrolment(self) -> tuple[Any, ...]:
-        return (self.digest, ticket_for(self.roster), *self.stand_ins)
+        # Kept until it is out of date or was written: Dynamo's guards tell tensors apart by their addresses, and one
+        # that is gone leaves its own to that of other layers.
+        if _compat.version(self.ticket) or self.ticket.tolist()[1:] != self.roster.versions:
+            self.ticket = ticket_for(self.roster)
+        return (self.digest, self.ticket, *self.stand_ins)
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -78,7 +83,7 @@ def enrolment(
     except UnsupportedError:
         return _NONE
     roster = Roster(rows, holder, _uncounted(first))
-    known = _Known(found, digest, roster, stand_ins(roster))
+    known = _Known(found, digest, roster, stand_ins(roster), ticket_for(roster))
     if all(tensor.grad_fn is None for row in rows for tensor in row):  # what computed them shall not live that long
         _known[holder] = known
     return known.enrolment

@@ -70,7 +70,7 @@ class Roster:
 def ticket_for(roster: Roster) -> Tensor:
     """A tensor by which an operator finds the roster, and knows which versions of its columns were meant.
 
-    A new one for each call: one that saved it for its backward is not to see that another call wrote into it.
+    A call that writes gets one of its own: who saved another for its backward is not to see a write into it.
     """
     with torch.inference_mode(False):
         ticket: Any = torch.tensor([roster.number, *roster.versions], device="cpu")
