@@ -117,9 +117,31 @@ def _uncounted(packed: Packed) -> frozenset[int]:
 
 
 def shared_buffers(packed: Sequence[Packed]) -> frozenset[int]:
-    """The buffers, by their number, that are those of another layer too: a layer sees what one before it wrote."""
+    """The buffers, by their number, whose memory is another's too: a layer sees what one before it wrote there."""
+    buffers = [(at, each.tensors[at]) for each in packed for at in each.buffers]
     owners = Counter(id(tensor) for each in packed for tensor in {each.tensors[at] for at in each.buffers})
-    return frozenset(at for each in packed for at in each.buffers if owners[id(each.tensors[at])] > 1)
+    found = {at for at, tensor in buffers if owners[id(tensor)] > 1}
+    if any(tensor._is_view() for _, tensor in buffers) and not _compat.functorch_active():
+        found.update(_overlapping([(at, tensor) for at, tensor in buffers if is_plain(tensor) and tensor.numel()]))
+    return frozenset(found)
+
+
+def _overlapping(buffers: Sequence[tuple[int, Tensor]]) -> set[int]:
+    """Those in whose range of memory another tensor begins, or in whose range they begin themselves."""
+    found: set[int] = set()
+    stop, widest = 0, (0, 0)
+    for begin, end, *each in sorted((*_range(tensor), id(tensor), at) for at, tensor in buffers):
+        if begin < stop and each[0] != widest[0]:
+            found.update((each[1], widest[1]))
+        if end > stop:
+            stop, widest = end, (each[0], each[1])
+    return found
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte, and of what comes after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _stream(rows: Sequence[Sequence[Tensor]]) -> int | None:

@@ -108,11 +108,14 @@ class Packed(Changeable):
     def snapshot(self, written: frozenset[int] | None = None) -> list[Tensor]:
         """The tensor of each entry; what publish may write into as a copy, for a pure call that runs again later.
 
-        That is any buffer, unless it is known which ones are ``written``.
+        That is any buffer, unless it is known which ones are ``written``. Views of one tensor are written together:
+        torch counts the writes into any of them as those of all.
         """
         tensors = list(self.tensors)
+        base = lambda index: id(self.tensors[index]._base) if self.tensors[index]._is_view() else None
+        bases = {base(index) for index in written or ()} - {None}
         for index in self.buffers:
-            if self.writable[index] and (written is None or index in written):
+            if self.writable[index] and (written is None or index in written or (bases and base(index) in bases)):
                 tensors[index] = tensors[index].clone()
         return tensors
 
