@@ -49,24 +49,31 @@ class LayersCall:
         return shared_buffers(self.packed)
 
     def plain(self) -> Any:
-        """The definition; when a layer raises, what those before it changed is put back."""
+        """The definition."""
+        return self.or_put_back(self._in_order)
+
+    def or_put_back(self, run: Callable[[], Any]) -> Any:
+        """What ``run`` returns; when a layer raises, what those before it changed is put back."""
         if _compat.is_compiling() or self.packed[0].nested:
-            return self._in_order()
+            return run()
         before = [(packed, packed.snapshot()) for packed in self.packed]
         try:
-            return self._in_order()
+            return run()
         except BaseException:
             for packed, values in before:
                 packed.put_back(values)
             raise
 
     def _in_order(self) -> Any:
-        out: Any = None
-        x = self.x
+        out, x = None, self.x
         for packed in self.packed:
-            out = self._callable(packed)(x, *self.args, **self.kwargs)
-            x = out[0] if isinstance(out, tuple) else out
+            out, x = self.one(packed, x)
         return out
+
+    def one(self, packed: Packed, x: Any) -> tuple[Any, Any]:
+        """What a layer returns, and what it carries on."""
+        out = self._callable(packed)(x, *self.args, **self.kwargs)
+        return out, out[0] if isinstance(out, tuple) else out
 
     def _callable(self, packed: Packed) -> Callable[..., Any]:
         """A layer, rematerialised if layers are: each by itself, whatever ``every`` and ``lengths`` say."""

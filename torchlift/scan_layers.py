@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torchlift import _compat, _tree, fingerprint, rng
 from torchlift.alike import check_alike
 from torchlift.changes import Update
 from torchlift.engine.capture import CaptureError
+from torchlift.engine.compiled import environment
 from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
-from torchlift.engine.opaque import opaque_run
+from torchlift.engine.opaque import ON_CARRY, opaque_run
 from torchlift.engine.roster import Enrolled
 from torchlift.engine.run import Report, record, run
 from torchlift.engine.spans import iteration
@@ -159,12 +161,21 @@ class ScanLayers(nn.ModuleList):
         return {"unroll": self.unroll, "remat": remat, "lengths": self.lengths, "every": self.every}
 
 
+# In which surroundings the first layer carries on something else than it is given.
+_changing: weakref.WeakKeyDictionary[ScanLayers, set[Hashable]] = weakref.WeakKeyDictionary()
+
+
 class _Call(LayersCall):
     """One call of the layers, through one compiled body where that serves."""
 
-    def run(self) -> tuple[Any] | None:
-        """What comes out, through the engine; None where a graph of torch.compile would have to break."""
+    def run(self, carried: bool = False) -> tuple[Any] | None:
+        """What comes out, through the engine; None where a graph of torch.compile would have to break.
+
+        ``carried`` says that the first layer has a layer before it, which is not among these.
+        """
         layers, first = self.layers, self.packed[0]
+        if not carried and not _compat.is_compiling() and self.surroundings() in _changing.get(layers, ()):
+            return self.first_apart()
         if _compat.is_compiling():
             self.attributes = scanned_places(first, layers.scanned_attributes)
         else:
@@ -185,7 +196,7 @@ class _Call(LayersCall):
                     names=traced_names(*[packed.roots for packed in self.packed]), **options,
                 )  # fmt: skip
                 if not found:
-                    return None
+                    return self.first_apart() if carry == ON_CARRY and not carried and len(layers) > 1 else None
             else:
                 compile, key = layers.compile_options, layers.label
                 self.check_hidden()
@@ -212,7 +223,10 @@ class _Call(LayersCall):
                 rng.write_states(states[0])
                 rng.rewind(states[1])
             if again:
-                return self.run()
+                return self.run(carried)
+            if isinstance(error, CarryError) and not carried and len(layers) > 1:
+                _changing.setdefault(layers, set()).add(self.surroundings())
+                return self.first_apart()
             warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             record(Report(layers.label, "plain", str(error)))
             return (self.plain(),)
@@ -221,6 +235,26 @@ class _Call(LayersCall):
             packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
         return (_tree.unflatten([*carry, *extras], static.out),)
+
+    def surroundings(self) -> Hashable:
+        """What decides, for given layers, whether the first one carries on what is like that which it is given."""
+        return environment(self.layers.label), tuple([getattr(leaf, "dtype", None) for leaf in self.carry])
+
+    def first_apart(self) -> tuple[Any] | None:
+        """What comes out, the first layer in Python and the others through the engine.
+
+        NOTE [First layer]. Under autocast a layer may be given float32 and return bfloat16, as all others then do.
+        """
+
+        def run() -> tuple[Any]:
+            _, x = self.one(self.packed[0], self.x)
+            rest = _Call(self.layers[1:], x, self.args, self.kwargs)
+            out = rest.run(carried=True)
+            return (
+                (out_of_graph(ScanLayers.forward, rest.layers, x, *self.args, **self.kwargs),) if out is None else out
+            )
+
+        return self.or_put_back(run)
 
     def scan(self, all_given: bool) -> None:
         """Decides which of the scanned attributes are given to the layers."""
@@ -313,7 +347,8 @@ def _register(settings: dict[str, Any], wrote: bool, x: Any, args: Any, kwargs: 
 
     call, policy = make(*modules), settings["policy"]
     label = call.layers.label
-    if call.has_hooks:  # as everywhere in torch.compile, hooks are taken to be those that there are when it traces
+    # As everywhere in torch.compile, hooks are taken to be those that there are when it traces.
+    if call.has_hooks or call.shared:
         return ""
     try:
         if wrote:

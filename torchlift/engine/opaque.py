@@ -28,12 +28,13 @@ from torchlift.engine.operators import OpaqueLoop, forward, laid_out
 from torchlift.engine.roster import Enrolled, roster_of
 from torchlift.engine.structure import decode, encode, mutable
 from torchlift.engine.trees import Parts, split
-from torchlift.errors import RandomnessError, TorchliftCompileWarning, warn
+from torchlift.errors import CarryError, RandomnessError, TorchliftCompileWarning, warn
 
 _bodies: dict[str, tuple[Callable[..., Body], Any, Row | None]] = {}  # what makes a body, its remat policy, its row
 _sites = itertools.count()
 _outputs: dict[int, Any] = {}  # structure of a call's results, by call site; read once, while tracing
 _warned: set[str] = set()
+ON_CARRY = "carry"
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -85,8 +86,9 @@ def opaque_run(
     the one that was registered with the body is used.
 
     If xs are enrolled, ys come as a list of one tree, of stacks. There y is a pair: what else there is, and a dict of
-    the new state, by the number of a column of the xs. There are none, and no carry, where the body cannot be compiled
-    and xs are enrolled, or where no graph at all can hold it.
+    the new state, by the number of a column of the xs. There are none, and no carry but a word on why, where the body
+    cannot be compiled and xs are enrolled, where no graph at all can hold it (``ON_VALUES``), or where the carry of
+    layers comes out as something else (``ON_CARRY``).
     """
     site = _new_site()
     stacked = isinstance(xs, Stacked)
@@ -105,8 +107,8 @@ def opaque_run(
         key, site, length, stacked, enrolled, options, _backend(compile), refused, tuple(names), consts, carry, tree
     )
     structure = _y_structure(site)
-    if structure is None:
-        return None, []
+    if isinstance(structure, str):
+        return structure, []
     carry_structure, y_structures = structure
     at = iter(outs)
     carry = decode(carry_structure, at)
@@ -127,7 +129,7 @@ def _in_graph(
     key: str, site: int, length: int, stacked: bool, enrolled: bool, options: Options, backend: Any,
     refused: str | None, names: tuple[str, ...], consts: Tree, carry: Tree, xs: Tree,
 ) -> list[torch.Tensor]:  # fmt: skip
-    if _outputs.get(site, site) is None:  # a graph that was not compiled any further calls what came to nothing
+    if isinstance(_outputs.get(site), str):  # a graph that was not compiled any further calls what came to nothing
         return []
     factory, policy, row = _bodies[key]
     # A graph that is not compiled any further calls this each time, and serves others than whom it was traced with.
@@ -158,9 +160,14 @@ def _in_graph(
         if any(isinstance(leaf, _SYMBOLIC) for leaf in _compat.pytree.tree_leaves((consts, carry))):
             raise CaptureError("a number among the arguments differs from call to call; pass it as a tensor")
         handle = prepare(body, key, length, stacked, options, compile, flat_consts, flat_carry, flat_xs, tensors, row)
+    except CarryError:
+        if stacked:
+            raise
+        _outputs[site] = ON_CARRY
+        return []
     except CaptureError as error:
         if enrolled or ON_VALUES in str(error):
-            _outputs[site] = None
+            _outputs[site] = ON_VALUES
             return []
         if key not in _warned:
             _warned.add(key)

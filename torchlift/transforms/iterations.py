@@ -244,7 +244,7 @@ class Iterations:
                     known, consts, carry, xs, length, compile=compile, refused=refused,
                     names=["\n".join(self.names())], **options
                 )  # fmt: skip
-                if out is None:
+                if isinstance(out, str):
                     return None
                 state, leaves = out
             else:
