@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchlift import _compat, misspelt
-from torchlift._context import context, entered
+from torchlift._context import context
 from torchlift.errors import ArgumentError, TransformTargetError, VariableNameError
 from torchlift.filters import Filter, check, matches
 from torchlift.pack import Packed
@@ -65,14 +65,12 @@ def apply(
             "parameters alone are {'params': {name: tensor}}"
         )
     check(mutable, f"{label}: mutable")
-    outer = context.captures
-    frames = (*outer, Capture(mutable)) if mutable is not False else outer
-    with (
-        entered(captures=frames) if mutable is not False else nullcontext(),
-        seed_rngs(**rngs) if rngs else nullcontext(),
-    ):
+    with seed_rngs(**rngs) if rngs else nullcontext():
         packed = Packed(_method(module, method), module, args, kwargs, label)
         packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
+        packed.isolated = True
+        if mutable is not False:
+            packed.context = {**packed.context, "captures": (*context.captures, Capture(mutable))}
         tensors = _overridden(packed, variables)
         try:
             out, update = packed.pure(tensors, packed.leaves)
@@ -84,13 +82,19 @@ def apply(
         sow_at(packed.module_at(site.root, site.path), site, value)  # for captures around this call
     if mutable is False:
         return out
+    others = []
+    for change, value in zip(update.meta.changes, update.changed, strict=True):
+        if change.how == "copy" and packed.entries[change.entry].root == 0:
+            tensors[change.entry] = value
+        else:
+            others.append((change, value))
     updated: dict[str, dict[str, Any]] = {}
     writable = packed.writable
     for collection, places in _names(packed, "named", first=True).items():
         found = {name: tensors[at] for name, at in places.items() if writable[at]}
         if found:
             updated[collection] = found
-    for change, value in zip(update.meta.changes, update.changed, strict=True):
+    for change, value in others:
         node = packed.nodes[change.node]
         name = packed.entries[change.entry].name if change.how == "copy" else node.dotted(change.key)
         updated.setdefault(change.collection, {})[name] = value

@@ -22,7 +22,10 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.nodes import SCALARS, STORES, Node
+from torchlift.unseen import Unseen, code_of, renormalises, unseen_writes
 from torchlift.variables import ATTRIBUTE, COLLECTIONS, Site, collection_of
+
+_WRITTEN, _UNSEEN = "written", "unseen"  # in the memory of a tree: what a body wrote last time, and may write
 
 
 class Change(NamedTuple):
@@ -55,7 +58,9 @@ class Update(NamedTuple):
 class Changeable(Collected):
     """A call, collected, that knows which of its variables a body may change, and tells which it did."""
 
+    fn: Callable[..., Any]
     hidden: frozenset[int] = frozenset()  # the entries that a body does not see
+    isolated = False  # whether parameters that are written in place must not be the module's own
     _writable: list[bool] | None  # of each entry; None: not asked for yet
 
     def allow(self, writable: Callable[[str], bool], how_to: Callable[[str], str]) -> None:
@@ -74,6 +79,46 @@ class Changeable(Collected):
     def _allowed(self) -> list[bool]:
         known = {c: self._writable_collection(c) for c in {entry.collection for entry in self.entries}}
         return [entry.store != ATTRIBUTE and known[entry.collection] for entry in self.entries]
+
+    @property
+    def unseen(self) -> Unseen:
+        """What the body may write unseen."""
+        code = code_of(self.fn)
+        known = None if self.memory is None else self.memory.keys.get(_UNSEEN)
+        if known is not None and known[0] == code:
+            return known[1]
+        found = unseen_writes(code, frozenset(type(node.module) for node in self.nodes))
+        if self.memory is not None:
+            self.memory.keys[_UNSEEN] = (code, found)
+        return found
+
+    @property
+    def copied(self) -> list[int]:
+        """The entries that a body gets copies of; see NOTE [Buffers]."""
+        if not self.isolated or _compat.is_tracing() or _compat.functorch_active():
+            return self.buffers
+        writers = self.unseen.writers
+        nodes = [node for node in self.nodes if type(node.module) in writers or renormalises(node.module)]
+        return [*self.buffers, *(i for node in nodes for store, _, i in node.tensors if store == "_parameters")]
+
+    def _uncounted(self, given: Sequence[Tensor], bound: Sequence[Tensor], counted: set[int]) -> set[int]:
+        """The buffers that were written without a count; see NOTE [Unseen writes]."""
+        if _compat.is_tracing() or _compat.functorch_active() or not self.unseen.uncounted:
+            return set()
+        return {i for i in self.buffers if i not in counted and not torch.equal(bound[i], given[i])}
+
+    def _read_parameters(
+        self, bound: Sequence[Tensor], counted: set[int], changes: list[Change], values: list[Tensor]
+    ) -> None:
+        """Appends the parameters that were written in place, of which the real ones are not."""
+        for at, node in enumerate(self.nodes):
+            for store, key, index in node.tensors:
+                if store == "_parameters" and index in counted and not _is_noted(changes, index):
+                    if self.isolated:
+                        self._check_writable(node, key, index, bound[index])
+                    if self.writable[index]:
+                        changes.append(Change("copy", at, store, key, index, self.entries[index].collection))
+                        values.append(bound[index])
 
     def _read_back(
         self, at: int, fields: dict[str, Any], given: Sequence[Tensor], bound: list[Tensor], counted: set[int],
@@ -111,31 +156,45 @@ class Changeable(Collected):
                     changes.append(Change("create", at, store, key, -1, collection))
                     values.append(tensor)
 
-    def _read_written(
-        self, given: Sequence[Tensor], bound: list[Tensor], counted: set[int], changes: list[Change],
-        values: list[Tensor],
-    ) -> None:  # fmt: skip
-        """As :meth:`_read_back` for all modules, in which each tensor is in its place."""
+    def _read_written(self, given: Sequence[Tensor], bound: list[Tensor], counted: set[int]) -> Sequence[Change]:
+        """What the body wrote in all modules, in which each tensor is in its place.
+
+        Of a tree that is remembered that is what it was last time, where the same was counted and counts tell all.
+        """
+        asked = (counted, self.hidden, self.writable)
+        known = None if self.memory is None else self.memory.keys.get(_WRITTEN)
+        if known is not None and known[0] == asked and all(cls.forward is forward for cls, forward in known[1].items()):
+            return known[2]
+        changes: list[Change] = []
+        told, forwards = True, {}  # of the classes that count their statistics; a class may be given another
         for at, node in enumerate(self.nodes):
             # Written, but not counted, are statistics in training alone.
             if not node.has_buffers or not (counted or node.module.training):
                 continue
             own = [(key, i) for store, key, i in node.tensors if store == "_buffers" and i not in self.hidden]
+            if self._statistics(node, own, bound):
+                told = told and bool(_counters(node, own))
+                forwards[type(node.module)] = type(node.module).forward
             written = self._written(node, own, given, bound, counted)
             for key, index in own:
                 if index in written and not (len(self.entries[index].places) > 1 and _is_noted(changes, index)):
                     self._check_writable(node, key, index, bound[index])
                     changes.append(Change("copy", at, "_buffers", key, index, self.entries[index].collection))
-                    values.append(bound[index])
+        if self.memory is not None and told:
+            self.memory.keys[_WRITTEN] = (asked, forwards, changes)
+        return changes
+
+    def _statistics(self, node: Node, own: Sequence[tuple[str, int]], bound: Sequence[Tensor]) -> list[int]:
+        """Which of a module's buffers torch's batch_norm may write."""
+        writes = node.module.training and _calls_batch_norm(type(node.module))
+        return [i for _, i in own if bound[i].is_floating_point()] if writes else []
 
     def _written(
         self, node: Node, own: Sequence[tuple[str, int]], given: Sequence[Tensor], bound: Sequence[Tensor],
         counted: set[int],
     ) -> set[int]:  # fmt: skip
         """Which of a module's ``own`` buffers, by key and entry, were written; ``counted`` in any case."""
-        owner: Any = node.module
-        batch_norm = owner.training and _calls_batch_norm(type(owner))
-        statistics = [i for _, i in own if bound[i].is_floating_point()] if batch_norm else []
+        statistics = self._statistics(node, own, bound)
         if _compat.is_compiling():
             written = set()
             for _, i in own:
@@ -146,8 +205,7 @@ class Changeable(Collected):
         # counter beside them tells, in torch's own layers; elsewhere the values do, or in a transform are taken to.
         if not statistics:
             return counted
-        counters = [i for name, i in own if name == "num_batches_tracked"]
-        if counters and _is_torchs_own(type(owner).forward):
+        if counters := _counters(node, own):
             return counted.union(statistics) if any(i in counted for i in counters) else counted
         return counted.union([i for i in statistics if i not in counted and _may_differ(bound[i], given[i])])
 
@@ -171,6 +229,15 @@ class Changeable(Collected):
                 f"{self._how_to_write(collection)}"
             )
 
+    def _check_modules(self, node: Node, own: dict[str, Any], old: dict[str, Any]) -> None:
+        for key in {**old, **own}:
+            if own.get(key) is not old.get(key):
+                what = "added" if old.get(key) is None else "replaced" if own.get(key) is not None else "removed"
+                raise UnsupportedError(
+                    f"{self.label}: {what} the submodule {node.dotted(key)!r} in the body, which is not kept: a body "
+                    "may run once, more often or never in a call; do it in __init__, or call the module once without"
+                )
+
     def _check_attributes(self, node: Node, fields: dict[str, Any], old: dict[str, Any]) -> None:
         """NOTE [Plain attributes]. A tensor left on a module would be a dead tracer there, a changed number is lost."""
         for key, value, with_tensor in changed_attributes(node.module, fields, old):
@@ -189,6 +256,7 @@ class Changeable(Collected):
         error: BaseException | None = None,
     ) -> None:  # fmt: skip
         """As for attributes; takes out of plain lists and dicts what was put into them, after an ``error`` too."""
+        refused: list[tuple[Node, str, Any]] = []
         for at, key, value, containers in held:
             node, fields = self.nodes[at], shadows[at].__dict__
             # One with slots was made for this run. torch's recurrent layers keep their weights in a list besides, and
@@ -200,11 +268,13 @@ class Changeable(Collected):
             for container in containers:
                 if any(all(tensor is not known for known in replaced) for tensor in tensors_in(container.added())):
                     container.restore()
-                    if error is None:
-                        raise PlainAttributeError(
-                            f"{self.label}: put a tensor into {node.dotted(key)!r} in the body, "
-                            + outlives(type(container.container).__name__, key)
-                        )
+                    refused.append((node, key, container.container))
+        if refused and error is None:
+            node, key, container = refused[0]
+            raise PlainAttributeError(
+                f"{self.label}: put a tensor into {node.dotted(key)!r} in the body, "
+                + outlives(type(container).__name__, key)
+            )
 
 
 def outlives(kind: str, key: str) -> str:
@@ -213,6 +283,13 @@ def outlives(kind: str, key: str) -> str:
         f"a tensor in a plain {kind}, which would outlive the transform; declare it with "
         f"torchlift.variable(self, 'state', {key!r}, init_fn) and set its .value, or hand it out with sow"
     )
+
+
+def _counters(node: Node, own: Sequence[tuple[str, int]]) -> list[int]:
+    """Which of the buffers of one of torch's batch norms count the calls that write its statistics."""
+    if not _is_torchs_own(type(node.module).forward):
+        return []
+    return [i for name, i in own if name == "num_batches_tracked"]
 
 
 def _is_noted(changes: Sequence[Change], index: int) -> bool:

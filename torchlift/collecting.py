@@ -285,7 +285,7 @@ class Collected:
                 fields["register_buffer"] = _Registrar(shadow)
             shadows.append(shadow)
         for node, shadow in zip(self.nodes, shadows):
-            if node.children:
+            if node.children or not compiling:
                 fields = shadow.__dict__
                 fields["_modules"] = modules = dict(fields["_modules"])
                 for key, child in node.children:

@@ -146,26 +146,31 @@ class Packed(Changeable):
         """
         # NOTE [Buffers]. Buffers are bound as clones: in-place writes would reach the caller's storage through vmap and
         # grad. A parameter is bound as it is: twice the memory of a model is too much for a write that is an error in
-        # torch, outside of no_grad, and right there.
+        # torch, outside of no_grad, and right there. apply has promised to change nothing: there those of modules whose
+        # code may write into them are clones, too.
         compiling = _compat.is_compiling()
         bound = list(tensors)
-        if self.buffers:
+        copied = self.buffers if compiling else self.copied
+        if copied:
             # Not as inference tensors: no one counts the writes into those.
             with _compat.normal_tensors():
                 plain = not compiling and not _compat.functorch_active()
-                for index in self.buffers:
+                for index in copied:
                     given = bound[index]
                     # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
                     easy = plain and given.is_contiguous()  # said without its name, which takes as long as to clone
                     bound[index] = given.clone() if easy else given.clone(memory_format=torch.contiguous_format)
-        versions = _compat.versions([bound[index] for index in self.buffers])
+        # Elsewhere what is written into a parameter is in the real one, or no graph can hold it.
+        watched = range(len(bound)) if not compiling and (self.isolated or _compat.is_tracing()) else self.buffers
+        versions = _compat.versions([bound[index] for index in watched])
         shadows = self.shadows(bound, self.hidden, self.inside, places or self.places(outermost=False))
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)
         fields = dicts = [shadow.__dict__ for shadow in shadows]
         if not compiling:
-            dicts = [*fields, *[own[store] for own in fields for store in STORES]]
+            modules = [own["_modules"] for own in fields]
+            dicts = [*fields, *modules, *[own[store] for own in fields for store in STORES]]
         before = [own.copy() for own in dicts]
         counts = None if compiling else _compat.dict_versions(dicts)
         held = [(at, key, value := shadows[at].__dict__.get(key), held_in(value)) for at, key in self.containers]
@@ -193,14 +198,21 @@ class Packed(Changeable):
         # In most runs nothing is assigned, which is told by a look at what all modules hold. Dynamo knows no such look.
         untouched = counts is not None and counts == _compat.dict_versions(dicts)
         assigned = not untouched and (compiling or not same(dicts, before))
-        now = _compat.versions([bound[index] for index in self.buffers])
-        counted = {index for index, old, new in zip(self.buffers, versions, now) if old != new}
+        now = _compat.versions([bound[index] for index in watched])
+        counted = {index for index, old, new in zip(watched, versions, now) if old != new}
+        if self.buffers and not compiling:
+            counted |= self._uncounted(tensors, bound, counted)
         if assigned:
             for at, own in enumerate(fields):
                 self._read_back(at, own, tensors, bound, counted, changes, values)
                 self._check_attributes(self.nodes[at], own, before[at])
+                if not compiling:
+                    self._check_modules(self.nodes[at], own["_modules"], before[len(fields) + at])
         elif versions:
-            self._read_written(tensors, bound, counted, changes, values)
+            changes = [*self._read_written(tensors, bound, counted)]
+            values = [bound[change.entry] for change in changes]
+        if watched is not self.buffers and not counted.issubset(self.buffers):
+            self._read_parameters(bound, counted, changes, values)
         self._check_containers(held, shadows)
         sown = [] if frame is None else [(site, value) for site, values in frame.sown.items() for value in values]
         if not changes and not sown:
@@ -274,7 +286,8 @@ class Packed(Changeable):
                 parameter: Any = value if self.nested else nn.Parameter(value)  # bound ones may be any tensor
                 owner.register_parameter(change.key, parameter)
             else:
-                owner.register_buffer(change.key, value)
+                passing = change.key in owner._non_persistent_buffers_set  # which a body's modules have in common
+                owner.register_buffer(change.key, value, persistent=not passing)
                 assign_collection(owner, change.key, change.collection)
         elif change.how == "copy" or isinstance(tensors[change.key], nn.Parameter):
             target = tensors[change.key]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
+from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import draws, hide_undrawn, node_draws, show_undrawn
 from torchlift.engine.loop import Body, check_carry
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
@@ -96,7 +97,8 @@ def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list
             at_step(step)
             old = carry
             expected, spec = pytree.tree_flatten(carry)
-            carry, y = body.fn(consts, carry, x.fill(tensors[at : at + x.tensors]))
+            with DataAsDetached():
+                carry, y = body.fn(consts, carry, x.fill(tensors[at : at + x.tensors]))
             check_carry(body.name, old, expected, spec, carry)
             at += x.tensors
             ys.append(y)

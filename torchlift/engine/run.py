@@ -15,6 +15,7 @@ from torchlift import _compat
 from torchlift.engine import capture, compiled
 from torchlift.engine.capture import CaptureError, Signature, like_strided
 from torchlift.engine.compiled import Request, find_program
+from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
@@ -170,8 +171,9 @@ def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
         return "forward-mode differentiation is around it", True
     if _compat.dispatch_modes_active():
         return "a TorchDispatchMode is active", True
-    if _compat.function_modes():
-        return f"a {type(_compat.function_modes()[-1]).__name__} is active", True
+    modes = [mode for mode in _compat.function_modes() if not isinstance(mode, DataAsDetached)]
+    if modes:
+        return f"a {type(modes[-1]).__name__} is active", True
     forbidden = _compat.compiler_forbidden()
     return forbidden, forbidden is not None
 

@@ -148,13 +148,20 @@ class Iterations:
         stacked: list[tuple[Change, Tensor]] = []
         carried: list[Change] = []
         for change, value in zip(update.meta.changes, update.changed, strict=True):
+            if change.entry < 0 and self.groups.role(change.collection).carried:
+                raise CarryError(
+                    f"{self.label}: created {change.key!r} in {change.collection!r}, which is carried, expected the "
+                    "variables that were there before; declare it before the loop"
+                )
             if change.entry in state:
                 state[change.entry] = value
                 carried.append(change)
             else:
                 stacked.append((change, value if self.packed.nested else value.detach()))
         if self.uniform:
-            stacked = self._uniform(tensors, stacked)
+            new = {change.entry: value for change, value in stacked}
+            stacked = [(change, new.get(change.entry, tensors[change.entry])) for change in self._written(self.scanned)]
+            carried = self._written(self.carried)
         y_leaves, y_spec = _tree.flatten(ys)
         sown, sown_spec = _tree.flatten(update.sown)
         meta = Meta(tuple([change for change, _ in stacked]), update.meta.sites)
@@ -162,15 +169,14 @@ class Iterations:
         y_leaves = [_as_tensor(leaf, self.device) for leaf in y_leaves]
         return ([state[at] for at in self.carried], new_carry), (y_leaves, [v for _, v in stacked], sown, static)
 
-    def _uniform(self, tensors: list[Tensor], stacked: list[tuple[Change, Tensor]]) -> list[tuple[Change, Tensor]]:
-        """The same changes in each iteration: every buffer that may change, with the value that it has."""
-        new = {change.entry: value for change, value in stacked}
+    def _written(self, places: Sequence[int]) -> list[Change]:
+        """A change of each buffer that may change: the same in all iterations, which need not have changed the same."""
         found = []
-        for at in self.scanned:
+        for at in places:
             entry = self.packed.entries[at]
             if self.packed.writable[at] and entry.store == "_buffers":
                 node, _, key, collection = entry.places[0]
-                found.append((Change("copy", node, "_buffers", key, at, collection), new.get(at, tensors[at])))
+                found.append(Change("copy", node, "_buffers", key, at, collection))
         return found
 
     def _streams(self, index: Any) -> entered:
