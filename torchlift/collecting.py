@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
-from torchlift.nodes import HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
+from torchlift.nodes import COMPILED_CALL, HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
 from torchlift.references import Container, elements
 from torchlift.unread import Unread
 from torchlift.variables import AT, ATTRIBUTE, PARAMS, UninitializedTensor, Variable, collection_of, outer_place
@@ -276,6 +276,8 @@ class Collected:
             fields["_parameters"] = dict(fields["_parameters"])
             fields["_buffers"] = dict(fields["_buffers"])
             fields[AT] = (node.root, node.path, places[node.root])
+            if COMPILED_CALL in fields:
+                del fields[COMPILED_CALL]
             for store, key, index in node.tensors:
                 if index in hidden:
                     del fields[store][key]

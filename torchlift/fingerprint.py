@@ -59,7 +59,7 @@ def of_modules(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
 def of_module(module: nn.Module) -> dict[str, Hashable]:
     """The plain attributes of one module by name, without those that hold tensors or modules."""
     return {
-        key: (type(value), value) if type(value) in SCALARS else of_value(value)
+        key: _of_atom(value) if type(value) in SCALARS else of_value(value)
         for key, value in module.__dict__.items()
         if key not in INTERNALS and not isinstance(value, (Tensor, nn.Module))
     }
@@ -109,6 +109,10 @@ def opaque(leaves: Iterable[Any]) -> str | None:
     return None
 
 
+def _of_atom(value: Any) -> Hashable:
+    return (type(value), value if value == value else "nan")
+
+
 def of_value(value: Any) -> Hashable:
     """A hashable stand-in for a value, equal for equal content."""
     return _Reader().read(value)
@@ -126,7 +130,7 @@ class _Reader:
     def read(self, value: Any) -> Hashable:
         kind = type(value)
         if kind in ATOMS:
-            return (kind, value)
+            return _of_atom(value)
         if isinstance(value, (Tensor, nn.Module)):
             if self.objects:
                 self.hidden.append(value)
@@ -161,6 +165,8 @@ class _Reader:
             return (kind, frozenset(self.all(value)))
         if isinstance(value, functools.partial):
             return ("partial", self.all((value.func, value.args, value.keywords)))
+        if isinstance(value, weakref.ref):  # torch's recurrent layers have some to their weights
+            return ("weak", self.read(value()))
         if isinstance(value, types.MethodType):
             return ("method", self.all((value.__func__, value.__self__)))
         if isinstance(value, types.FunctionType):
@@ -175,8 +181,8 @@ class _Reader:
         if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.size <= _MOST:
             return (kind, value.dtype.str, value.shape, value.tobytes())
         try:
-            hash(value)
-        except TypeError:
+            hash(value), value == value
+        except (TypeError, NotImplementedError):
             raise UnsupportedError(f"a plain value of type {kind.__name__} cannot be compared by content") from None
         return (kind, value)
 

@@ -36,6 +36,8 @@ class LayersCall:
             return "a layer has hooks", False
         if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
             return "layers share a buffer", False
+        if len({len(packed.nodes) for packed in self.packed}) > 1:
+            return "some layers have other submodules than others; make the stack anew with scan_layers", True
         if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
             return "some layers are in training mode and some are not", False
         return fingerprint.opaque(self.packed[0].leaves), True

@@ -19,7 +19,8 @@ SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
 ATOMS: tuple[Any, ...] = (*SCALARS, torch.dtype, torch.device, torch.Size, slice, range)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STORES = ("_parameters", "_buffers")
-INTERNALS = frozenset(nn.Module().__dict__) - {"training"} | {AT}
+COMPILED_CALL = "_compiled_call_impl"  # what Module.compile() makes; it calls the real module
+INTERNALS = frozenset(nn.Module().__dict__) - {"training"} | {AT, COMPILED_CALL}
 LONG = 64  # a longer container is a table of plain values
 
 

@@ -132,7 +132,8 @@ class ScanLayers(nn.ModuleList):
         _compat.require_apart(self, bool(state))
         if state:
             torch.ops.torchlift.roster_write(read[1], [stack.detach() for stack in state.values()], list(state))
-        return (_tree.unflatten([*carry, *[stack[-1] for stack in extras]], static_of(static).out),)
+        extras = [stack[-1] if isinstance(stack, torch.Tensor) else stack for stack in extras]
+        return (_tree.unflatten([*carry, *extras], static_of(static).out),)
 
     def _enrol(self, x: Any, args: Any, kwargs: Any) -> str:
         """As :func:`_register`, for layers that the graph does not hold."""

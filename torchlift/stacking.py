@@ -96,6 +96,11 @@ def listed(label: str, modules: Any) -> list[nn.Module]:
         if not isinstance(module, nn.Module):
             got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
             raise TransformTargetError(f"{label}: module {index} is {got}, expected an nn.Module")
+        if "_orig_mod" in module._modules:
+            raise TransformTargetError(
+                f"{label}: module {index} is what torch.compile returned, expected the module that it was given; loops "
+                "are compiled anyway, and what lifts can be given to torch.compile"
+            )
     return given
 
 

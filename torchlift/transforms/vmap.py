@@ -180,6 +180,9 @@ _NO_BATCHING_RULE = (
     "we could not generate a fallback",
     "does not have a batching rule",
     "vmap: It looks like you're",
+    "different inplace randomness",  # torch.empty(n).normal_(), as in torch.distributions
+    "must override the setup_context",  # an autograd.Function of the old style
+    "attempting to call Tensor.requires_grad_()",
     "batching operators that can",  # give or take results whose shape depends on values: nonzero, a boolean mask
 )
 _warned: set[Any] = set()
