@@ -205,3 +205,14 @@ def test_what_torch_cannot_map_is_mapped_index_by_index(how: str, monkeypatch: A
     for row, weight, bias in zip(out, ensemble.linear.weight, ensemble.linear.bias, strict=True):
         y = nn.functional.linear(x, weight, bias)
         torch.testing.assert_close(row, {"rsample": y, "function": 2 * y, "energy": y + 2 * y}[how])
+
+
+@pytest.mark.parametrize("how", ["remat", "scan_layers"])
+def test_what_is_rematerialised_is_exported(how: str) -> None:
+    module = (
+        torchlift.remat(Block)() if how == "remat" else torchlift.scan_layers([Block() for _ in range(3)], remat=True)
+    )
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(module, (torch.randn(2, 4),), dynamic_shapes=({0: batch},)).module()
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(exported(x), module(x))

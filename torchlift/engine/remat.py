@@ -101,7 +101,8 @@ def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: 
         if _state.inline is not None:
             with _state.inline(policy):
                 return fn(*args, **kwargs)
-        if keeps_all or not torch.is_grad_enabled() or _compat.forward_ad_active():
+        # An exported program is one of values: it has no backward to compute anything again in.
+        if keeps_all or not torch.is_grad_enabled() or _compat.forward_ad_active() or torch.compiler.is_exporting():
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
