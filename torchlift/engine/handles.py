@@ -10,8 +10,10 @@ compiling need a dispatcher without the modes and keys of the tracing around, so
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,7 @@ from torchlift.errors import ClosureError, TorchliftError
 Options = tuple[tuple[str, Any], ...]
 
 _prepared: dict[Any, Handle | str] = {}  # a string: why there is none
+_numbers = itertools.count()
 _handles: dict[str, Handle] = {}  # never dropped: compiled graphs name them
 
 
@@ -38,7 +41,7 @@ _handles: dict[str, Handle] = {}  # never dropped: compiled graphs name them
 class Spec:
     """Everything about a loop but its tensors."""
 
-    key: str
+    key: Hashable
     consts: Template
     carry: Template
     x: Template
@@ -84,6 +87,7 @@ class Handle:
     state_sizes: list[int]
     guards: tuple[Any, str | None]
     row: tuple[_Meta, ...] | None  # that of Row, if xs are enrolled
+    nested: bool  # in the body of another loop
 
     def __post_init__(self) -> None:
         # Of enrolled xs, the columns that backward reads: those that the loop writes, as they were before, and others.
@@ -106,12 +110,13 @@ def handle_named(name: str) -> Handle:
 
 
 def prepare(
-    body: Body, key: str, length: int, stacked: bool, options: Options, compile: dict[str, Any],
-    consts: Any, carry: Any, xs: list[Any], tensors: list[torch.Tensor], row: Row | None = None,
+    body: Body, key: Hashable, length: int, stacked: bool, options: Options, compile: dict[str, Any],
+    consts: Any, carry: Any, xs: list[Any], tensors: list[torch.Tensor], row: Row | None = None, nested: bool = False,
 ) -> Handle:  # fmt: skip
     """The handle for a loop on tensors like these; captured and compiled if they are the first of their kind.
 
-    With ``row``, which says of the xs what there is to know, ``tensors`` are only the rest.
+    With ``row``, which says of the xs what there is to know, ``tensors`` are only the rest. ``nested`` says that this
+    thread captures another body.
     """
     if length == 0:
         raise CaptureError("length 0")
@@ -130,7 +135,7 @@ def prepare(
     known = (spec, metas, compiled.environment(body.key))
     found = _prepared.get(known)
     if found is None:
-        found = _in_own_thread(lambda: _make(body, spec, metas))
+        found = _in_own_thread(lambda: _make(body, spec, metas, nested), nested)
         # Asked again: only now it is known whether the body has optional spans.
         _prepared[spec, metas, compiled.environment(body.key)] = found
     if isinstance(found, str):
@@ -150,8 +155,10 @@ def _meta(t: torch.Tensor, train: bool) -> _Meta:
     return sizes, order, t.dtype, t.device, train and t.requires_grad, dims
 
 
-def _in_own_thread(make: Callable[[], Any]) -> Any:
+def _in_own_thread(make: Callable[[], Any], nested: bool) -> Any:
     """``make()`` without the tracing around it, but with its autocast and grad mode."""
+    # Who captures another body has the lock, and waits.
+    lock: Any = nullcontext() if nested else compiled.locked()
     autocast = [
         (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
     ]
@@ -165,7 +172,7 @@ def _in_own_thread(make: Callable[[], Any]) -> Any:
                 torch.set_autocast_dtype(name, dtype)
             if device.type != "cpu":
                 torch.set_default_device(device)
-            with torch.set_grad_enabled(grad), compiled.locked(), _compat.dynamo_off():
+            with torch.set_grad_enabled(grad), lock, _compat.dynamo_off():
                 result.append(make())
         except BaseException as error:
             result.append(error)
@@ -182,7 +189,7 @@ def _in_own_thread(make: Callable[[], Any]) -> Any:
     return compiled.reason_of(result[0])
 
 
-def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
+def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Handle:
     """Captures and compiles one iteration of ``spec`` and names it."""
     blanks = [blank(meta) for meta in metas]
     c, h, _ = spec.counts
@@ -235,10 +242,12 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...]) -> Handle:
     assert program.shapes is not None
     around = (compiled.environment(body.key), torch.__version__)
     text = repr((spec, metas, around, body.key, program.feeds, program.grads, program.marks))
-    name = hashlib.sha256((text + program.shapes.code).encode()).hexdigest()
+    # The key of a nested body may have the address of an object in its text, which another may have later on.
+    number = f" {next(_numbers)}" if nested else ""
+    name = hashlib.sha256((text + program.shapes.code).encode()).hexdigest() + number
     sizes = [state.numel() for _, state in read_states(devices)] if plan.random and pieces else []
     handle = Handle(
-        name, spec, program, plan, [list(m[1]) for m in metas], sizes, (variant.mode, variant.guards), row
+        name, spec, program, plan, [list(m[1]) for m in metas], sizes, (variant.mode, variant.guards), row, nested
     )  # fmt: skip
     return _handles.setdefault(name, handle)
 

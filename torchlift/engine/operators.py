@@ -261,6 +261,12 @@ for _name, _tags in (("loop", ()), ("roster", (torch.Tag.cudagraph_unsafe,))):
     torch.library.register_fake(f"torchlift::{_name}_backward", _fake_backward, lib=_library)
 
 
+# One that does not draw, in a graph that asks of each operator whether it does.
+_library.define(f"nested_forward(Tensor? on, Tensor[] tensors, {_WHICH}) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
+_library.impl("nested_forward", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("torchlift::nested_forward", _fake_forward, lib=_library)
+
+
 def _write(ticket: torch.Tensor, stacks: list[torch.Tensor], columns: list[int]) -> None:
     roster_of(ticket).write(columns, stacks)
 
@@ -275,4 +281,5 @@ def forward(handle: Handle, site: int, names: list[str], tensors: list[torch.Ten
     # On the device where it draws, if it does.
     on = next((t for t in tensors if t.device.type != "cpu"), tensors[0] if tensors else None)
     ops = torch.ops.torchlift
-    return (ops.loop_forward if handle.row is None else ops.roster_forward)(on, tensors, handle.name, site, names)
+    call = ops.roster_forward if handle.row is not None else ops.nested_forward if handle.nested else ops.loop_forward
+    return call(on, tensors, handle.name, site, names)

@@ -75,6 +75,11 @@ def inline_remat(annotate: Annotate | None = None) -> Iterator[None]:
         _state.inline = before
 
 
+def is_inline() -> bool:
+    """Whether this thread is in a block of :func:`inline_remat`: it captures the body of a loop."""
+    return _state.inline is not None
+
+
 def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: str = "remat") -> Callable[..., Any]:
     """``fn``, keeping its arguments and what ``policy`` says, and computing the rest again in backward.
 

@@ -19,10 +19,12 @@ from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
+from torchlift.engine.nested import nested_run
 from torchlift.engine.node import Loop, run_forward, run_single
 from torchlift.engine.offload import carries_on_host
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
+from torchlift.engine.remat import is_inline
 from torchlift.engine.spans import Names
 from torchlift.engine.trees import Template, split, whole
 from torchlift.errors import TorchliftCompileWarning, warn
@@ -131,6 +133,9 @@ def run(
 
 
 def _run(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _Options, compile: Any) -> Any:
+    nested = nested_run(body, consts, carry, xs, length, tuple(vars(options).items()), compile)
+    if nested is not None:
+        return nested
     reason, unexpected = _why_plain(length, compile)
     if reason is None:
         given = _Given.of(consts, carry, xs)
@@ -163,6 +168,8 @@ def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
         return "compile=False", False
     if length == 0:
         return "length 0", False
+    if is_inline():
+        return "inside another capture", False
     if torch.compiler.is_compiling():
         return "inside torch.compile", False
     if _compat.functorch_active():
