@@ -224,6 +224,10 @@ def test_what_cannot_choose_is_refused():
     m, x = nn.Identity(), torch.ones(3)
     with pytest.raises(torchlift.BranchError, match=r"cond\(Identity\): got a tensor of shape \(3,\)"):
         cond(x > 0, same, same, m, x)
+    with pytest.raises(
+        torchlift.BranchError, match=r"got branches of type int, expected a list of at least one function"
+    ):
+        torchlift.switch(0, 3, nn.Identity(), torch.ones(2))
     with pytest.raises(torchlift.BranchError, match=r"switch\(Identity\): got no branches"):
         switch(0, [], m, x)
     with pytest.raises(torchlift.BranchError, match="index is torch.float64, expected an integer"):

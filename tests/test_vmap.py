@@ -310,7 +310,8 @@ def test_declared_in_the_body():
         lifted(counter, torch.arange(3.0))
     assert torch.equal(counter.count, 2 * torch.arange(3.0))
     with pytest.raises(
-        ModifyCollectionError, match=r"created 'count' in collection 'state', .*variable_axes=\{'state': 0\}"
+        ModifyCollectionError,
+        match=r"created 'count' in collection 'state', .*declare it before.*variable_axes=\{'state': 0\}",
     ):
         vmap(lambda m, x: m(x))(Counter(), torch.arange(3.0))
 

@@ -326,8 +326,9 @@ def switch(
         [3.0, 3.0, -3.0]
     """
     label = label_of("switch", mdl)
-    if not branches:
-        raise BranchError(f"{label}: got no branches, expected at least one")
+    if not isinstance(branches, Sequence) or not branches:
+        got = "no branches" if isinstance(branches, Sequence) else f"branches of type {type(branches).__name__}"
+        raise BranchError(f"{label}: got {got}, expected a list of at least one function")
     kind = index.dtype if isinstance(index, Tensor) else type(index)
     if (
         isinstance(index, Tensor)
