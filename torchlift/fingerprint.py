@@ -47,13 +47,22 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures)
 
 
-def of_modules(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
+def of_modules(packed: Packed, skip: Sequence[str] = ()) -> tuple[Hashable, ...]:
     """The part of the key that differs between calls of one function with several modules of the same classes."""
     known = {} if packed.memory is None else packed.memory.keys
     nodes = known.get(tuple(skip))
     if nodes is None:
         nodes = known[tuple(skip)] = tuple(_of_node(node, skip) for node in packed.nodes)
     return (nodes, tuple(packed.writable), packed.hidden)
+
+
+def has_key(packed: Packed, key: tuple[Hashable, ...], skip: Sequence[str]) -> bool:
+    """Whether ``key`` is what :func:`of_modules` gives of a call."""
+    if of_modules(packed, skip) != key:
+        return False
+    if packed.memory is not None:
+        packed.memory.keys[tuple(skip)] = key[0]  # the very same: the next comparison is one of identity
+    return True
 
 
 def of_module(module: nn.Module) -> dict[str, Hashable]:
@@ -77,10 +86,11 @@ def _of_node(node: Node, skip: Sequence[str]) -> Hashable:
 
 def hidden(packed: Packed) -> list[Any]:
     """The tensors and modules in objects that plain attributes hold: no others are bound in their place."""
+    if packed.memory is not None:  # what is remembered has none
+        return []
     reader = _Reader()
-    if packed.memory is None:  # what is remembered has none
-        for node in packed.nodes:
-            reader.all(value for key, value in node.module.__dict__.items() if key not in INTERNALS)
+    for node in packed.nodes:
+        reader.all(value for key, value in node.module.__dict__.items() if key not in INTERNALS)
     return reader.hidden
 
 

@@ -112,6 +112,8 @@ class Packed(Changeable):
         torch counts the writes into any of them as those of all.
         """
         tensors = list(self.tensors)
+        if not self.buffers:
+            return tensors
         base = lambda index: id(self.tensors[index]._base) if self.tensors[index]._is_view() else None
         bases = {base(index) for index in written or ()} - {None}
         for index in self.buffers:

@@ -206,7 +206,8 @@ class _Call(LayersCall):
                     key = self.key()
                     if not _compat.is_tracing():
                         written = Written((key, torch.is_grad_enabled(), self.kinds()))
-                    written.require_apart(self.shared)
+                    if written.known:
+                        written.require_apart(self.shared)
                 xs = self.xs(written.known)
                 xs = xs if compile is False else self.parts(xs)
                 carry, found = run(
@@ -215,7 +216,8 @@ class _Call(LayersCall):
                 )  # fmt: skip
                 self.scanned.require_unread()
                 written.note(change.entry for y in found for change in static_of(y[3]).meta.changes)
-                written.require_apart(self.shared)
+                if written.known:
+                    written.require_apart(self.shared)
         except Exception as error:
             again = not _compat.is_compiling() and self.scanned.learn()  # whatever the body made of a ReadError
             if not again and not isinstance(error, (CarryError, UnsupportedError)):
@@ -290,11 +292,13 @@ class _Call(LayersCall):
 
     def key(self) -> Any:
         """What the compiled body depends on; all layers agree in it, or are refused."""
-        first, *others = [fingerprint.of_modules(packed, self.layers.scanned_attributes) for packed in self.packed]
-        if any(key != first for key in others):
+        skip = self.layers.scanned_attributes
+        first, *others = self.packed
+        own = fingerprint.of_modules(first, skip)
+        if not all(fingerprint.has_key(packed, own, skip) for packed in others):
             self.layers.check()
             raise UnsupportedError("some layers tie tensors or submodules that others do not")
-        return fingerprint.of_packed(self.packed[0], self.layers.scanned_attributes)
+        return fingerprint.of_packed(first, skip)
 
     def check_hidden(self) -> None:
         """Refuses layers that hold tensors or modules of their own where those of no other can take their place."""

@@ -34,5 +34,5 @@ class Written:
 
     def require_apart(self, shared: frozenset[int]) -> None:
         """Refuses layers that write what others read: side by side they would all see what was there before."""
-        if self.known is not None and self.known & shared:
+        if self.known and self.known & shared:
             raise UnsupportedError("layers share a buffer that they write")
