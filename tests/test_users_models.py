@@ -216,3 +216,21 @@ def test_what_is_rematerialised_is_exported(how: str) -> None:
     exported = torch.export.export(module, (torch.randn(2, 4),), dynamic_shapes=({0: batch},)).module()
     x = torch.randn(5, 4)
     torch.testing.assert_close(exported(x), module(x))
+
+
+class Stepping(nn.Module):
+    def __init__(self, extra: Any):
+        super().__init__()
+        self.linear, self.extra = nn.Linear(4, 4), extra
+
+    def forward(self, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        return torch.tanh(self.linear(c) + x), self.extra
+
+
+@traced
+@pytest.mark.parametrize("extra", [None, {"a": None}, {"a": None, "k": 3}, (None, 1)], ids=str)
+def test_iterations_that_return_none_in_a_tree_inside_torch_compile(extra: Any) -> None:
+    scanned = torchlift.scan(Stepping, variable_broadcast="params", compile=AOT)(extra)
+    c, xs = torch.randn(4), torch.randn(5, 4)
+    got = torch.compile(scanned, backend="aot_eager", fullgraph=True)(c, xs)
+    torch.testing.assert_close(got, scanned(c, xs))

@@ -328,7 +328,9 @@ class Iterations:
         leaves, static = ys
         tree = _tree.unflatten(leaves, static.ys)
         out_axes = tuple(out_axes) if isinstance(out_axes, list) else out_axes
-        axes = _tree.broadcast_prefix(out_axes, tree, f"{self.label}: out_axes")
+        # Dynamo cannot flatten a None that is part of what it takes for a constant.
+        one = not isinstance(out_axes, (tuple, dict))
+        axes = [out_axes] * len(leaves) if one else _tree.broadcast_prefix(out_axes, tree, f"{self.label}: out_axes")
         check_axes(axes, f"{self.label}: out_axes", (broadcast, None))
         names = _tree.paths(tree) if any(axis is broadcast for axis in axes) else [""] * len(axes)
         placed = [self._placed_leaf(leaf, axis, name) for leaf, axis, name in zip(leaves, axes, names, strict=True)]
