@@ -363,16 +363,8 @@ def _pieces(o: _Options) -> tuple[int, ...]:
 
 def _report(job: _Job, program: Program, nodes: int) -> None:
     saved = 0 if _pieces(job.options) else program.saved_bytes // program.steps
-    report = Report(
-        job.body.name,
-        "compiled",
-        None,
-        nodes,
-        compiled.compilations[job.body.key],
-        saved,
-        program.recomputed // program.steps,
-        program.random,
-    )
+    made, recomputed = compiled.compilations[job.body.key], program.recomputed // program.steps
+    report = Report(job.body.name, "compiled", None, nodes, made, saved, recomputed, program.random)
     record(report)
 
 
