@@ -81,13 +81,20 @@ def _across(base: Tensor) -> list[nn.Module]:
     return [Overlapping(base[4 * at : 4 * at + 3], base[4 * at - 4 : 4 * at - 1]) for at in (1, 2, 1)]
 
 
+def _detached(base: Tensor) -> list[nn.Module]:
+    base = base.clone()
+    return [Overlapping(base[:3].detach(), base[1:4].detach()) for _ in range(3)]
+
+
 def _apart(base: Tensor) -> list[nn.Module]:
     return [Overlapping(part[:2], part[2:]) for part in base.clone().view(3, 4)]
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("make", [_within, _across, _apart])
+@pytest.mark.parametrize("make", [_within, _across, _detached, _apart])
 def test_buffers_that_are_views_of_one_another_see_each_others_writes(make: Any, inside: bool) -> None:
+    if inside and make is _detached:
+        pytest.skip("torch.compile refuses to write into these, in the layers alone too")
     base = torch.arange(12.0)
     scanned = torchlift.scan_layers(make(base), compile=AOT)
     plain = nn.ModuleList(make(base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,88 @@ def test_a_buffer_written_through_data_or_numpy_is_written(way: str, how: str, c
         torch.testing.assert_close(module.average, plain.average)
 
 
+helpers = types.ModuleType("helpers")
+exec("def add(t, v):\n    t.data.add_(v)", vars(helpers))
+
+
+def _closed_over() -> Callable[..., None]:
+    def add(t: Tensor, v: Any) -> None:
+        t.data.add_(v)
+
+    return lambda t, v: add(t, v)
+
+
+class Elsewhere(nn.Module):
+    """Writes by way of a function that names lead to in other ways than to a global."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        self.register_buffer("count", torch.zeros(2))
+        self.kept = ema_inplace if how == "kept" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "module":
+            helpers.add(self.count, 1)
+        elif self.how == "kept":
+            self.kept(self.count, x.detach()[0])  # type: ignore[misc]
+        return x * (1 + self.count)
+
+
+class Caller:
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        module.count.data.add_(1)
+        return module(x)
+
+
+@pytest.mark.parametrize("how", ["module", "kept", "closure", "object", "patched"])
+def test_writes_by_functions_that_names_lead_to(how: str, monkeypatch: Any) -> None:
+    module, x = Elsewhere(how), torch.ones(4, 2)
+    plain = copy.deepcopy(module)
+    body: Any = lambda m, x: m(x)
+    if how == "closure":
+        add = _closed_over()
+
+        def body(m: nn.Module, x: Tensor) -> Tensor:
+            add(m.count, 1)
+            return m(x)
+    elif how == "object":
+        body = Caller()
+    elif how == "patched":
+        torchlift.remat(body)(module, x)  # looked at before
+        monkeypatch.setattr(Elsewhere, "forward", lambda self, x: x + self.count.data.add_(1))
+    torch.testing.assert_close(torchlift.remat(body)(module, x), body(plain, x))
+    torch.testing.assert_close(module.count, plain.count)
+    assert module.count.any()
+
+
+class Constant(nn.Module):
+    def __init__(self, device: str):
+        super().__init__()
+        self.register_buffer("mask", torch.full((2,), float("nan"), device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.norm()
+        return x * 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_buffer_that_is_not_written_is_not_taken_for_written(device: str) -> None:
+    module, x = Constant(device), torch.ones(2)
+    version = module.mask._version
+    torchlift.apply(module, {}, x)
+    torchlift.scan(lambda m, c: (m(c), None), variable_broadcast=True, length=3, compile=False)(module, x)
+    torchlift.remat(lambda m, x: m(x))(module, x)
+    assert module.mask._version == version
+
+
+def test_what_is_assigned_to_data_cannot_be_captured(monkeypatch: Any) -> None:
+    monkeypatch.setattr("torchlift.engine.run._warned", set())
+    module = Codebook("assigned")
+    with pytest.warns(torchlift.TorchliftCompileWarning, match="gives a tensor the memory of another by way of .data"):
+        WAYS["scan"](module, torch.ones(4, 2), AOT)
+
+
 def test_apply_returns_what_was_written_through_data_and_changes_nothing() -> None:
     module = Codebook("helper")
     _, updated = torchlift.apply(module, {}, torch.ones(4, 2), mutable="buffers")
@@ -97,10 +180,70 @@ class Doubling(nn.Module):
         self.weight.mul_(2)
 
 
-@pytest.mark.parametrize("make", [Doubling, lambda: nn.Embedding(4, 2, max_norm=0.1)], ids=["written", "max_norm"])
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Parent(nn.Module):
+    """Writes into a parameter of its child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Part()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.child.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.child.weight.mul_(2)
+        return self.child(x)
+
+
+class Looking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.embedding(x, self.weight, max_norm=0.1)
+
+
+def test_apply_with_a_method_that_writes_into_parameters() -> None:
+    def method(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            m.weight.mul_(2)
+        return m(x)
+
+    module = Part()
+    with pytest.raises(ModifyCollectionError, match="changed 'weight' of collection 'params'"):
+        torchlift.apply(module, {}, torch.ones(2), method=method)
+    _, updated = torchlift.apply(module, {}, torch.ones(2), method=method, mutable=True)
+    assert torch.equal(updated["params"]["weight"], torch.full((2,), 2.0))
+    assert torch.equal(module.weight, torch.ones(2))
+
+
+def test_apply_of_a_parent_that_writes_into_a_parameter_of_its_child() -> None:
+    module = Parent()
+    with pytest.raises(ModifyCollectionError, match="changed 'child.weight' of collection 'params'"):
+        torchlift.apply(module, {}, torch.ones(2))
+    assert torch.equal(module.weight, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Doubling, lambda: nn.Embedding(4, 2, max_norm=0.1), Looking],
+    ids=["written", "max_norm", "functional"],
+)
 def test_apply_changes_no_parameter(make: Callable[[], nn.Module]) -> None:
     module = make()
-    x = torch.tensor([0, 1]) if isinstance(module, nn.Embedding) else torch.ones(2)
+    x = torch.ones(2) if isinstance(module, Doubling) else torch.tensor([0, 1])
     before, plain = module.weight.detach().clone(), copy.deepcopy(module)
     given = before.clone()
     with pytest.raises(ModifyCollectionError, match="changed 'weight' of collection 'params', which is read-only"):
@@ -137,15 +280,6 @@ def test_a_variable_created_where_it_is_carried_is_refused(compile: Any) -> None
     with pytest.raises(CarryError, match="created 'n' in 'count', which is carried.* declare it before the loop"):
         torchlift.scan(body, variable_carry="count", compile=compile)(module, torch.ones(2), torch.ones(3))
     assert not dict(module.named_buffers())
-
-
-class Part(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
 
 
 class Late(nn.Module):

@@ -152,8 +152,10 @@ def test_a_number_that_is_none() -> None:
 
 
 class Incomparable:
+    __slots__ = ()
+
     def __eq__(self, other: object) -> bool:
-        raise NotImplementedError("__eq__")
+        raise ValueError("__eq__")
 
     __hash__ = object.__hash__
 

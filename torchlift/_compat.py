@@ -690,6 +690,12 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if is_compiling() and tensor.ndim == 0 and tensor.dtype == torch.float64 else tensor
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """What tells the memory that a tensor has, with others or alone, from all other."""
+    plain_one = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return id(tensor) if not plain_one or functorch_active() or is_fake(tensor) else tensor.untyped_storage()._cdata
+
+
 def all_equal(stack: torch.Tensor) -> bool:
     """Whether all slices of ``stack`` along axis 0 are equal; nan equals nan."""
     stack = plain(stack)

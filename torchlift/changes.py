@@ -22,7 +22,7 @@ from torchlift.errors import (
     warn,
 )
 from torchlift.nodes import SCALARS, STORES, Node
-from torchlift.unseen import Unseen, code_of, renormalises, unseen_writes
+from torchlift.unseen import can_compare, code_of, renormalises, same_values, unseen_writes
 from torchlift.variables import ATTRIBUTE, COLLECTIONS, Site, collection_of
 
 _WRITTEN, _UNSEEN = "written", "unseen"  # in the memory of a tree: what a body wrote last time, and may write
@@ -81,31 +81,45 @@ class Changeable(Collected):
         return [entry.store != ATTRIBUTE and known[entry.collection] for entry in self.entries]
 
     @property
-    def unseen(self) -> Unseen:
-        """What the body may write unseen."""
+    def unseen(self) -> tuple[bool, list[int]]:
+        """Whether buffers may be written uncounted, and the parameters that may be written in place."""
         code = code_of(self.fn)
         known = None if self.memory is None else self.memory.keys.get(_UNSEEN)
-        if known is not None and known[0] == code:
-            return known[1]
-        found = unseen_writes(code, frozenset(type(node.module) for node in self.nodes))
+        if known is not None and known[0] == code and all(cls.forward is forward for cls, forward in known[1].items()):
+            return known[2]
+        modules = [node.module for node in self.nodes]
+        uncounted, into_all, into = unseen_writes(self.fn, modules)
+        writers = [at for at, module in enumerate(modules) if into_all or type(module) in into or renormalises(module)]
+        places = [place for at in self._beneath(writers) for place in self.nodes[at].tensors]
+        found = uncounted, list(dict.fromkeys(index for store, _, index in places if store == "_parameters"))
         if self.memory is not None:
-            self.memory.keys[_UNSEEN] = (code, found)
+            self.memory.keys[_UNSEEN] = (code, {type(module): type(module).forward for module in modules}, found)
+        return found
+
+    def _beneath(self, nodes: Sequence[int]) -> set[int]:
+        """These modules, and all that they have as submodules."""
+        found: set[int] = set()
+        work = [*nodes]
+        while work:
+            at = work.pop()
+            if at not in found:
+                found.add(at)
+                work += [child for _, child in self.nodes[at].children]
         return found
 
     @property
     def copied(self) -> list[int]:
         """The entries that a body gets copies of; see NOTE [Buffers]."""
-        if not self.isolated or _compat.is_tracing() or _compat.functorch_active():
+        if not self.isolated or not self.unseen[1] or _compat.is_tracing() or _compat.functorch_active():
             return self.buffers
-        writers = self.unseen.writers
-        nodes = [node for node in self.nodes if type(node.module) in writers or renormalises(node.module)]
-        return [*self.buffers, *(i for node in nodes for store, _, i in node.tensors if store == "_parameters")]
+        return [*self.buffers, *self.unseen[1]]
 
     def _uncounted(self, given: Sequence[Tensor], bound: Sequence[Tensor], counted: set[int]) -> set[int]:
         """The buffers that were written without a count; see NOTE [Unseen writes]."""
-        if _compat.is_tracing() or _compat.functorch_active() or not self.unseen.uncounted:
+        if not self.unseen[0] or _compat.is_tracing() or _compat.functorch_active() or not can_compare():
             return set()
-        return {i for i in self.buffers if i not in counted and not torch.equal(bound[i], given[i])}
+        apart = [i for i in self.buffers if i not in counted and not bound[i].is_meta]
+        return {i for i in apart if not same_values(bound[i], given[i])}
 
     def _read_parameters(
         self, bound: Sequence[Tensor], counted: set[int], changes: list[Change], values: list[Tensor]
@@ -299,7 +313,7 @@ def _is_noted(changes: Sequence[Change], index: int) -> bool:
 
 def _may_differ(now: Tensor, before: Tensor) -> bool:
     unknown = _compat.is_tracing() or _compat.functorch_level(now) >= 0 or now.is_meta
-    return unknown or not torch.equal(now, before)
+    return unknown or not same_values(now, before)
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it, rather than trace it

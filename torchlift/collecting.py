@@ -287,11 +287,14 @@ class Collected:
                 fields["register_buffer"] = _Registrar(shadow)
             shadows.append(shadow)
         for node, shadow in zip(self.nodes, shadows):
-            if node.children or not compiling:
+            if node.children:
                 fields = shadow.__dict__
                 fields["_modules"] = modules = dict(fields["_modules"])
                 for key, child in node.children:
                     modules[key] = shadows[child]
+            elif not compiling:
+                fields = shadow.__dict__
+                fields["_modules"] = dict(fields["_modules"]) if fields["_modules"] else {}
             for key, template in node.attributes:
                 shadow.__dict__[key] = self.fill(template, shadows, bound, ())
         if inside is not None:

@@ -122,7 +122,7 @@ def shared_buffers(packed: Sequence[Packed]) -> frozenset[int]:
     owners = Counter(id(tensor) for each in packed for tensor in {each.tensors[at] for at in each.buffers})
     found = {at for at, tensor in buffers if owners[id(tensor)] > 1}
     # In a trace it is not known; there those who hold the real layers ask.
-    if not _compat.is_compiling() and not _compat.functorch_active() and any(t._is_view() for _, t in buffers):
+    if not _compat.is_compiling() and len({_compat.memory_of(tensor) for _, tensor in buffers}) < len(owners):
         found.update(_overlapping([(at, tensor) for at, tensor in buffers if is_plain(tensor) and tensor.numel()]))
     return frozenset(found)
 

@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchlift import _tree
+from torchlift.code import function_in, in_closure, is_library, names_in, spaces_of
 from torchlift.errors import UnsupportedError
 from torchlift.nodes import ATOMS, INTERNALS, LONG, SCALARS, Node
 from torchlift.pack import Packed
@@ -43,7 +44,7 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     """
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
-    contents = tuple([of_class(cls) for cls in classes if not _is_library(cls.__module__)])
+    contents = tuple([of_class(cls) for cls in classes if not is_library(cls.__module__)])
     return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures)
 
 
@@ -192,7 +193,7 @@ class _Reader:
             return (kind, value.dtype.str, value.shape, value.tobytes())
         try:
             hash(value), value == value
-        except (TypeError, NotImplementedError):
+        except Exception:  # whatever a class of the user's raises there
             raise UnsupportedError(f"a plain value of type {kind.__name__} cannot be compared by content") from None
         return (kind, value)
 
@@ -211,7 +212,7 @@ def of_class(cls: type) -> Hashable:
     method names, the code of a helper. So all of it is compared at each call, which takes a few microseconds, and what
     to compare is found anew where something differs. Nothing here keeps a class alive: functions stand for their code.
     """
-    own = [item for base in cls.__mro__ if not _is_library(base.__module__) for item in vars(base).items()]
+    own = [item for base in cls.__mro__ if not is_library(base.__module__) for item in vars(base).items()]
     members = [(name, _outline(value)) for name, value in own if not name.startswith("__") or callable(value)]
     known = _classes.get(cls)
     if known is None or known[0] != members or _values(known[1]) != known[2]:
@@ -233,19 +234,12 @@ def _values(names: _Names) -> list[Hashable]:
 
 def _outline(value: Any, around: tuple[types.FunctionType, ...] = ()) -> Hashable:
     """A value if it is plain; of a function, or method of any kind, its code, and of what it wraps."""
-    fn = _function(value)
+    fn = function_in(value)
     if fn is not None:
         within = (*around, fn)
-        wrapped = [_function(in_cell(cell)) for cell in fn.__closure__ or ()]
+        wrapped = [function_in(in_cell(cell)) for cell in fn.__closure__ or ()]
         return (fn.__code__, *[_outline(f, within) for f in wrapped if f is not None and f not in within])
     return of_value(value) if _is_plain(value) else type(value).__qualname__
-
-
-def _function(value: Any) -> types.FunctionType | None:
-    if isinstance(value, types.FunctionType):
-        return value
-    inner = [getattr(value, key, None) for key in ("__func__", "fget", "func")]  # static and class methods, properties
-    return next((fn for fn in inner if isinstance(fn, types.FunctionType)), None)
 
 
 def _is_plain(value: Any) -> bool:
@@ -258,34 +252,22 @@ def _names_read(values: list[Any]) -> _Names:
     """The globals that functions among ``values`` read, those that are plain or functions, and what these read."""
     found: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
     seen: set[types.FunctionType] = set()
-    todo = [fn for fn in map(_function, values) if fn is not None]
+    todo = [fn for fn in map(function_in, values) if fn is not None]
     while todo:
         fn = todo.pop()
-        if fn in seen or _is_library(fn.__globals__.get("__name__")):
+        if fn in seen or is_library(fn.__globals__.get("__name__")):
             continue
         seen.add(fn)
-        todo += [inner for cell in fn.__closure__ or () if (inner := _function(in_cell(cell))) is not None]
-        names = _names(fn.__code__)
-        spaces = [fn.__globals__, *(vars(m) for m in map(fn.__globals__.get, names) if isinstance(m, types.ModuleType))]
-        for space in spaces:
-            if space is fn.__globals__ or not _is_library(space.get("__name__")):
-                for name in names:
-                    value = space.get(name)
-                    inner = _function(value)
-                    if name in space and (inner is not None or _is_plain(value)):
-                        found[id(space), name] = space, name
-                        todo += [] if inner is None else [inner]
+        todo += in_closure(fn)
+        names = names_in(fn.__code__)
+        for space in spaces_of(fn, names):
+            for name in names:
+                value = space.get(name)
+                inner = function_in(value)
+                if name in space and (inner is not None or _is_plain(value)):
+                    found[id(space), name] = space, name
+                    todo += [] if inner is None else [inner]
     return list(found.values())
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """The names in a piece of code, and in those inside of it."""
-    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
-    return [name for name in (*code.co_names, *inner) if not name.startswith("__")]
-
-
-def _is_library(name: str | None) -> bool:
-    return name is None or name.partition(".")[0] in ("torch", "torchlift", "builtins", "numpy")
 
 
 def digest(key: Hashable, by_address: bool = True) -> str:

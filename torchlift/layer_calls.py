@@ -52,9 +52,9 @@ class LayersCall:
 
     def plain(self) -> Any:
         """The definition."""
-        return self.or_put_back(self._in_order)
+        return self.undone_if_raised(self._in_order)
 
-    def or_put_back(self, run: Callable[[], Any]) -> Any:
+    def undone_if_raised(self, run: Callable[[], Any]) -> Any:
         """What ``run`` returns; when a layer raises, what those before it changed is put back."""
         if _compat.is_compiling() or self.packed[0].nested:
             return run()
@@ -69,10 +69,10 @@ class LayersCall:
     def _in_order(self) -> Any:
         out, x = None, self.x
         for packed in self.packed:
-            out, x = self.one(packed, x)
+            out, x = self.call_one(packed, x)
         return out
 
-    def one(self, packed: Packed, x: Any) -> tuple[Any, Any]:
+    def call_one(self, packed: Packed, x: Any) -> tuple[Any, Any]:
         """What a layer returns, and what it carries on."""
         out = self._callable(packed)(x, *self.args, **self.kwargs)
         return out, out[0] if isinstance(out, tuple) else out

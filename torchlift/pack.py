@@ -114,10 +114,11 @@ class Packed(Changeable):
         tensors = list(self.tensors)
         if not self.buffers:
             return tensors
-        base = lambda index: id(self.tensors[index]._base) if self.tensors[index]._is_view() else None
-        bases = {base(index) for index in written or ()} - {None}
+        together = {_compat.memory_of(self.tensors[index]) for index in written or ()}
         for index in self.buffers:
-            if self.writable[index] and (written is None or index in written or (bases and base(index) in bases)):
+            if self.writable[index] and (
+                written is None or (together and _compat.memory_of(tensors[index]) in together)
+            ):
                 tensors[index] = tensors[index].clone()
         return tensors
 

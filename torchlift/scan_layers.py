@@ -230,7 +230,8 @@ class _Call(LayersCall):
             if isinstance(error, CarryError) and not carried and len(layers) > 1:
                 _changing.setdefault(layers, set()).add(self.surroundings())
                 return self.first_apart()
-            warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
+            if len(layers) > 1 or not isinstance(error, CarryError):  # with one layer nothing is lost
+                warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
             record(Report(layers.label, "plain", str(error)))
             return (self.plain(),)
         ys: list[Any] = [(*y[:3], static_of(y[3])) for y in found]
@@ -250,14 +251,14 @@ class _Call(LayersCall):
         """
 
         def run() -> tuple[Any]:
-            _, x = self.one(self.packed[0], self.x)
+            _, x = self.call_one(self.packed[0], self.x)
             rest = _Call(self.layers[1:], x, self.args, self.kwargs)
             out = rest.run(carried=True)
             return (
                 (out_of_graph(ScanLayers.forward, rest.layers, x, *self.args, **self.kwargs),) if out is None else out
             )
 
-        return self.or_put_back(run)
+        return self.undone_if_raised(run)
 
     def scan(self, all_given: bool) -> None:
         """Decides which of the scanned attributes are given to the layers."""

@@ -1,4 +1,4 @@
-"""Writes that torch does not count, or that it allows into parameters: where there may be some, told by names in code.
+"""Writes that torch does not count, or that it lets into parameters: where there may be some, told by names in code.
 
 NOTE [Unseen writes]. What a body writes into a tensor is told by the tensor's version. A write through ``.data`` or
 ``.numpy()`` is not counted, and to hold every buffer against its value before takes longer than a small layer. So that
@@ -7,66 +7,100 @@ is done where code that a call can reach names one of these; code that no name l
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-_UNCOUNTED = {"data", "numpy"}
-_INTO_PARAMETERS = {"no_grad", "inference_mode", "set_grad_enabled", *_UNCOUNTED}
-_OTHERS = ("torch.", "torchlift.")
+from torchlift.code import function_in, in_closure, is_library, names_in, spaces_of
+
+_UNCOUNTED = {"data", "numpy"}  # what gives a tensor of the same memory whose writes are not counted
+# What lets code write into parameters, which are leaves of autograd: outside of these it is an error.
+_LETS_WRITE = {"no_grad", "inference_mode", "set_grad_enabled", "max_norm", *_UNCOUNTED}
+_KNOWN = 512  # bodies with their modules
 
 
 class Unseen(NamedTuple):
-    """Whether code names what writes uncounted, and the classes whose code may write into their own parameters."""
+    """What a call may write unseen: buffers uncounted; parameters of anything, or of modules of these classes."""
 
     uncounted: bool
-    writers: frozenset[type]
+    into_all: bool
+    into: frozenset[type]
 
 
-def code_of(fn: Callable[..., Any]) -> tuple[types.CodeType, str] | None:
-    """What tells functions apart by the names in them: one that is made in each call is the same each time."""
-    found = next(_functions(fn), None)
-    return None if found is None else (found.__code__, found.__module__)
+_known: OrderedDict[Hashable, Unseen] = OrderedDict()
 
 
-@functools.lru_cache(maxsize=512)
-def unseen_writes(body: tuple[types.CodeType, str] | None, classes: frozenset[type]) -> Unseen:
-    """What a body, given by :func:`code_of`, may write unseen with modules of these classes."""
-    by_class: dict[type | None, set[str]] = {cls: set() for cls in (None, *classes)}
-    names = {"forward"}
-    seen: set[tuple[type | None, types.CodeType]] = set()
-    work: list[_Code] = [] if body is None else [(None, body[0], getattr(sys.modules.get(body[1]), "__dict__", {}))]
-    while work or (work := _members(classes, names, seen)):
-        owner, code, space = work.pop()
-        if (owner, code) in seen:
-            continue
-        seen.add((owner, code))
-        found = set(_names(code))
-        by_class[owner] |= found
-        names |= found
-        called = [space[name] for name in found if isinstance(space.get(name), types.FunctionType)]
-        work += [(owner, f.__code__, f.__globals__) for f in called if not _is_others(f)]
-    writers = [cls for cls, found in by_class.items() if cls is not None and found & _INTO_PARAMETERS]
-    return Unseen(bool(names & _UNCOUNTED), frozenset(writers))
+def code_of(fn: Any) -> Hashable:
+    """What tells bodies apart by the names in them: code, not functions, for one made in each call is the same."""
+    body = fn if type(fn) is types.FunctionType else _function_of(fn)
+    if body is None:
+        return None
+    return (body.__code__, body.__module__, *[inner.__code__ for inner in in_closure(body)])
 
 
-_Code = tuple[type | None, types.CodeType, dict[str, Any]]  # of a class, or of the body; with its globals
-
-
-def _members(classes: frozenset[type], names: set[str], seen: set[Any]) -> list[_Code]:
-    """The code of members of classes that have one of these names, and were not seen."""
-    found: list[_Code] = []
-    for cls in classes:
-        for base in cls.__mro__:
-            if not _is_others(base):
-                members = [each for name, value in vars(base).items() if name in names for each in _functions(value)]
-                found += [(cls, f.__code__, f.__globals__) for f in members if (cls, f.__code__) not in seen]
+def unseen_writes(fn: Any, modules: Sequence[nn.Module]) -> Unseen:
+    """What a call of ``fn`` on these modules may write unseen, by the code that names lead to."""
+    own = [function for module in modules for function in _kept_functions(module)]
+    classes = {type(module): type(module).forward for module in modules}
+    key = (code_of(fn), frozenset(classes.items()), *(function.__code__ for function in own))
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = _look([fn, *own], set(classes))
+        while len(_known) > _KNOWN:
+            _known.popitem(last=False)
     return found
+
+
+def _look(bodies: Sequence[Any], classes: set[type]) -> Unseen:
+    by_owner: dict[type | None, set[str]] = {owner: set() for owner in (None, *classes)}
+    names = {"forward"}
+    seen: set[tuple[type | None, types.FunctionType]] = set()
+    work: list[tuple[type | None, types.FunctionType | None]] = [(None, _function_of(body)) for body in bodies]
+    while work or (work := _members(classes, names, seen)):
+        owner, fn = work.pop()
+        if fn is None or (owner, fn) in seen:
+            continue
+        seen.add((owner, fn))
+        if getattr(fn, "__wrapped__", None) is not None:
+            work.append((owner, function_in(fn.__wrapped__)))  # type: ignore[attr-defined]
+        if is_library(fn.__globals__.get("__name__")):
+            # torch.no_grad and its like, as decorators; what else is torch's counts its writes.
+            by_owner[owner] |= {"no_grad"} if fn.__code__.co_name == "decorate_context" else set()
+            continue
+        found = names_in(fn.__code__)
+        keywords = [name for part in fn.__code__.co_consts if isinstance(part, tuple) for name in part]
+        by_owner[owner].update(found, [name for name in keywords if isinstance(name, str)])
+        names.update(found)
+        called = [function_in(space[name]) for space in spaces_of(fn, found) for name in found if name in space]
+        work += [(owner, inner) for inner in (*called, *in_closure(fn))]
+    into = {owner for owner, found in by_owner.items() if found & _LETS_WRITE}
+    return Unseen(bool(names & _UNCOUNTED), None in into, frozenset(owner for owner in into if owner is not None))
+
+
+def _members(classes: set[type], names: set[str], seen: set[Any]) -> list[tuple[type | None, Any]]:
+    """The members of classes that have one of these names, and were not seen."""
+    found = [
+        (cls, function_in(value))
+        for cls in classes
+        for base in cls.__mro__
+        if not is_library(base.__module__)
+        for name, value in vars(base).items()
+        if name in names
+    ]
+    return [item for item in found if item[1] is not None and item not in seen]
+
+
+def _function_of(body: Any) -> types.FunctionType | None:
+    return function_in(body) or function_in(type(body).__call__)
+
+
+def _kept_functions(module: nn.Module) -> list[types.FunctionType]:
+    found = [function_in(value) for value in module.__dict__.values() if callable(value)]
+    return [function for function in found if function is not None]
 
 
 def renormalises(module: nn.Module) -> bool:
@@ -74,28 +108,15 @@ def renormalises(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
-def _is_others(value: Any) -> bool:
-    return (value.__module__ or "").startswith(_OTHERS)
+def can_compare() -> bool:
+    """Whether values may be looked at: a CUDA graph that is being captured has none."""
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """The Python functions in a member of a class."""
-    if isinstance(value, property):
-        value = value.fget
-    if isinstance(value, (staticmethod, classmethod, types.MethodType)):
-        value = value.__func__
-    if isinstance(value, functools.partial):
-        value = value.func
-    while isinstance(value, types.FunctionType):
-        yield value
-        inner = getattr(value, "__wrapped__", None)
-        value = None if inner is value else inner
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    if code.co_name == "decorate_context":  # torch.no_grad and its like, as a decorator
-        yield "no_grad"
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from _names(constant)
+def same_values(some: Tensor, others: Tensor) -> bool:
+    """Whether two tensors are equal; nan equals nan."""
+    if torch.equal(some, others):
+        return True
+    if some.shape != others.shape or not (some.is_floating_point() or some.is_complex()):
+        return False
+    return bool(((some == others) | ((some != some) & (others != others))).all())

@@ -31,6 +31,10 @@ class CaptureError(Exception):
     """A body cannot be captured; the message is the reason. Never leaves the engine: the plain loop runs."""
 
 
+class NestedLoopError(Exception):
+    """A loop in a body turns out to be none that can be an operator of its graph; it has to be a part of the graph."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """What the non-tensor side of a capture depends on: the templates of consts, of the carry, and of each x."""

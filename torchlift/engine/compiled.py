@@ -17,10 +17,11 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import capture, spans
-from torchlift.engine.capture import CaptureError, Signature, stride_order
+from torchlift.engine.capture import CaptureError, NestedLoopError, Signature, stride_order
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Program, orders_of
+from torchlift.engine.remat import inlining
 from torchlift.errors import TorchliftError
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Request:
     train: bool
     backend: Backend
     policy: Callable[..., Any] | None
+    inline: bool = False  # whether loops in the body are a part of the graph
 
     def common(self) -> tuple[Hashable, ...]:
         key = (self.body.key, self.signature, self.train, self.backend, self.policy, environment(self.body.key))
@@ -50,6 +52,11 @@ class Request:
         except TypeError as error:
             raise CaptureError(f"a value among the inputs is neither a tensor nor hashable ({error})") from None
         return key
+
+    @property
+    def loops_inline(self) -> bool:
+        """A policy decides about what is in a loop of the body as well."""
+        return self.inline or self.policy is not None
 
     def exact(self, common: tuple[Hashable, ...]) -> Hashable:
         return (common, self.flags, tuple(tensor_key(t) for t in self.tensors))
@@ -141,7 +148,10 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
             if closures is not None:
                 return found.program, closures
         try:
-            variant, closures = _make(request)
+            try:
+                variant, closures = _make(request)
+            except NestedLoopError:
+                variant, closures = _make(replace(request, inline=True))
         except Exception as error:
             if isinstance(error, TorchliftError) and not isinstance(error, CaptureError):
                 raise  # a carry that changes, and the like: what the plain loop would say
@@ -188,7 +198,7 @@ def _closures(request: Request, variant: Variant) -> list[torch.Tensor] | None:
     NOTE [closures]: a closed-over tensor may be another one at the next call, which no key shows. So bodies that have
     any are run on fakes at each call to find them; bodies that take all their tensors as inputs pay nothing.
     """
-    seen = settle(request)[1]
+    seen = settle(request)[1].closures
     return seen if [_closure_key(t, request) for t in seen] == variant.closure_likes else None
 
 
@@ -207,8 +217,8 @@ def _static(request: Request) -> list[frozenset[int]]:
     return [frozenset()] * len(request.tensors)
 
 
-def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
-    """``request`` with the flags that its carry has after some iterations, and the tensors its body closes over.
+def settle(request: Request) -> tuple[Request, capture.Probe]:
+    """``request`` with the flags that its carry has after some iterations, and what its body was seen to do.
 
     A carry that starts without grad gets one from the first iteration; one program serves them all.
     """
@@ -217,7 +227,7 @@ def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
     b = a + request.signature.carry.tensors
     while True:
         mode = _compat.new_fake_mode(symbolic=False)
-        with spans.noting(request.body.key):
+        with spans.noting(request.body.key), inlining(request.loops_inline):
             seen = capture.probe(fn, _fakes(request, mode, _static(request)), mode, request.train)
         if any(seen.mutated[:a]) or any(seen.mutated[b:]):
             # A graph writes into copies. What a loop in Python changes so, a parameter say, stays changed.
@@ -227,7 +237,7 @@ def settle(request: Request) -> tuple[Request, list[torch.Tensor]]:
         flags = list(request.flags)
         flags[a:b] = [flag or out for flag, out in zip(flags[a:b], seen.requires_grad)]
         if tuple(flags) == request.flags:
-            return request, seen.closures
+            return request, seen
         request = replace(request, flags=tuple(flags))
 
 
@@ -235,7 +245,8 @@ def _make(request: Request) -> tuple[Variant, list[torch.Tensor]]:
     """A program from the family of ``request``, symbolic where sizes differ from those seen before."""
     _count_constants(request)
     asked = request
-    request, closures = settle(request)
+    request, probe = settle(request)
+    closures = probe.closures
     common = request.common()  # only now it is known whether the body has optional spans
     exact, key = request.exact(common), request.family(common)
     likes = [_closure_key(t, request) for t in closures]
@@ -312,11 +323,12 @@ def capture_program(
     fn = capture.substituted(capture.unrolled(request.body, signature), closures)
     a = signature.consts.tensors
     fakes = _fakes(request, mode, dims) + capture.fake_closures(closures, mode, train)
-    seen = capture.probe(fn, fakes, mode, train)
+    with inlining(request.loops_inline):
+        seen = capture.probe(fn, fakes, mode, train)
     if seen.closures:
         raise CaptureError("the body hands a closed-over tensor to code that hides it; pass it as an argument")
     train = train and any(seen.requires_grad)
-    with surroundings(mode, request.backend, seen.random) as inductor:
+    with surroundings(mode, request.backend, seen.random) as inductor, inlining(request.loops_inline):
         graphs = capture.trace(
             fn,
             seen,

@@ -157,7 +157,7 @@ def _meta(t: torch.Tensor, train: bool) -> _Meta:
 
 def _in_own_thread(make: Callable[[], Any], nested: bool) -> Any:
     """``make()`` without the tracing around it, but with its autocast and grad mode."""
-    # Who captures another body has the lock, and waits.
+    # A thread that captures the body around has the lock, which is nobody else's, and waits for this one.
     lock: Any = nullcontext() if nested else compiled.locked()
     autocast = [
         (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
@@ -214,8 +214,10 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Han
         spec.backend,
         policy,
     )
-    request, closures = settle(request)
-    if closures:
+    request, seen = settle(request)
+    if nested and seen.random:
+        raise CaptureError("it draws, and its draws stand between those of the body around")
+    if closures := seen.closures:
         raise ClosureError(
             f"{body.name}: the body reads a tensor of shape {tuple(closures[0].shape)} by a closure or an attribute, "
             "which a compiled graph around the loop would not see change; pass it as an argument or register a buffer"

@@ -11,7 +11,7 @@ from torchlift.engine.capture import CaptureError
 from torchlift.engine.handles import Options, prepare
 from torchlift.engine.loop import Body, Stacked, Tree, Xs
 from torchlift.engine.operators import OpaqueLoop, forward, laid_out
-from torchlift.engine.remat import is_inline
+from torchlift.engine.remat import captures_body, loops_inline
 from torchlift.engine.trees import split
 from torchlift.errors import ClosureError
 
@@ -24,12 +24,14 @@ def nested_run(
     """What the loop gives in the capture of a body around it; None outside of one, or if it is to be a part of that.
 
     NOTE [Loops in loops]. A layer that runs over time would be captured with all its steps, in a graph that grows with
-    their number. One that draws is: its draws are to stand between those of the body around, as in Python.
+    their number. Captured so is a loop that draws, for its draws stand between those of the body around; one in a body
+    with a policy, which is asked about each operator; and one whose gradient the body differentiates.
     """
-    if not is_inline() or compile is False or length <= SHORT:
+    if not captures_body() or loops_inline() or compile is False or length <= SHORT:
         return None
     stacked = isinstance(xs, Stacked)
     parts = [split(tree) for tree in (consts, carry, *([xs.tree] if isinstance(xs, Stacked) else xs))]
+    length = int(length)  # of a size that is symbolic in the graph around, one graph a size
     tensors = [tensor for found, _ in parts for tensor in found]
     try:
         handle = prepare(
@@ -38,9 +40,10 @@ def nested_run(
         )  # fmt: skip
     except (CaptureError, ClosureError):
         return None
-    if handle.program.random or handle.program.marks:
+    if handle.program.marks:
         return None
     tensors = laid_out(handle, tensors)
+    # One site, 0, for all: calls that are equal may be merged, since none of them draws.
     outs: Sequence[torch.Tensor]
     outs = OpaqueLoop.apply(handle, 0, [], *tensors) if handle.spec.train else forward(handle, 0, [], tensors)
     at, y = handle.spec.carry.tensors, handle.program.ys[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchlift.engine.capture import like_strided
+from torchlift.engine.capture import NestedLoopError, like_strided
 from torchlift.engine.handles import Handle, blank, graph_inputs, handle_named, inverse
 from torchlift.engine.node import Residuals, run_backward, run_forward
 from torchlift.engine.plan import Program
@@ -41,6 +41,8 @@ class OpaqueLoop(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, kept = list(saved[: ctx.count]), list(saved[ctx.count :])
         given = [g for g, flag in zip(grads, ctx.flags) if flag]
+        if ctx.handle.nested and torch.is_grad_enabled():
+            raise NestedLoopError("its gradient is differentiated in the body around")
         ops = torch.ops.torchlift
         backward = ops.loop_backward if ctx.handle.row is None else ops.roster_backward
         found = iter(backward(tensors, kept, given, ctx.handle.name, ctx.site, ctx.names))
@@ -261,7 +263,7 @@ for _name, _tags in (("loop", ()), ("roster", (torch.Tag.cudagraph_unsafe,))):
     torch.library.register_fake(f"torchlift::{_name}_backward", _fake_backward, lib=_library)
 
 
-# One that does not draw, in a graph that asks of each operator whether it does.
+# For loops that do not draw, in graphs of our own: there an operator with the tag is one that does.
 _library.define(f"nested_forward(Tensor? on, Tensor[] tensors, {_WHICH}) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
 _library.impl("nested_forward", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("torchlift::nested_forward", _fake_forward, lib=_library)

@@ -24,7 +24,7 @@ from torchlift.engine.node import Loop, run_forward, run_single
 from torchlift.engine.offload import carries_on_host
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
-from torchlift.engine.remat import is_inline
+from torchlift.engine.remat import captures_body
 from torchlift.engine.spans import Names
 from torchlift.engine.trees import Template, split, whole
 from torchlift.errors import TorchliftCompileWarning, warn
@@ -168,7 +168,7 @@ def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
         return "compile=False", False
     if length == 0:
         return "length 0", False
-    if is_inline():
+    if captures_body():
         return "inside another capture", False
     if torch.compiler.is_compiling():
         return "inside torch.compile", False

@@ -428,11 +428,12 @@ def _length(
             found[number] = (leaf.shape[axis],)
     if not found:
         raise AxisError(f"{label}: nothing is scanned over, so the length is not known; pass length=")
-    if len(set(found.values())) > 1:
+    first = next(iter(found.values()))
+    if any(size != first for size in found.values()):  # not a set: a size that is symbolic has no hash
         named = {number: f"{name} (axis {axis})" for number, (name, axis) in enumerate(zip(names(), axes, strict=True))}
         listed = ", ".join(f"{named.get(what, what)}: {_plain(size)}" for what, size in found.items())
         raise AxisError(f"{label}: the lengths disagree, expected one: {listed}")
-    return next(iter(found.values()))
+    return first
 
 
 def _plain(sizes: tuple[int, ...]) -> Any:
