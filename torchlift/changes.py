@@ -25,7 +25,8 @@ from torchlift.nodes import SCALARS, STORES, Node
 from torchlift.unseen import can_compare, code_of, renormalises, same_values, unseen_writes
 from torchlift.variables import ATTRIBUTE, COLLECTIONS, Site, collection_of
 
-_WRITTEN, _UNSEEN = "written", "unseen"  # in the memory of a tree: what a body wrote last time, and may write
+# In the memory of a tree: what a body wrote last time, may write unseen, and may write at all.
+_WRITTEN, _UNSEEN, _ALLOWED = "written", "unseen", "allowed"
 
 
 class Change(NamedTuple):
@@ -77,8 +78,15 @@ class Changeable(Collected):
         return self._writable
 
     def _allowed(self) -> list[bool]:
-        known = {c: self._writable_collection(c) for c in {entry.collection for entry in self.entries}}
-        return [entry.store != ATTRIBUTE and known[entry.collection] for entry in self.entries]
+        last = None if self.memory is None else self.memory.keys.get(_ALLOWED)
+        collections = {entry.collection for entry in self.entries} if last is None else last[0]
+        known = {collection: self._writable_collection(collection) for collection in collections}
+        if last is not None and last[0] == known:
+            return last[1]
+        allowed = [entry.store != ATTRIBUTE and known[entry.collection] for entry in self.entries]
+        if self.memory is not None:
+            self.memory.keys[_ALLOWED] = (known, allowed)
+        return allowed
 
     @property
     def unseen(self) -> tuple[bool, list[int]]:
