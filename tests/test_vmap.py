@@ -311,7 +311,7 @@ def test_declared_in_the_body():
     assert torch.equal(counter.count, 2 * torch.arange(3.0))
     with pytest.raises(
         ModifyCollectionError,
-        match=r"created 'count' in collection 'state', .*declare it before.*variable_axes=\{'state': 0\}",
+        match=r"created 'count' in collection 'state', .*variable_axes=\{'state': 0\}.*; or declare it before the call",
     ):
         vmap(lambda m, x: m(x))(Counter(), torch.arange(3.0))
 

@@ -248,7 +248,7 @@ class Changeable(Collected):
         if not self._writable_collection(collection):
             raise ModifyCollectionError(
                 f"{self.label}: created {node.dotted(key)!r} in collection {collection!r}, which is read-only there; "
-                f"declare it before the call, or {self._how_to_write(collection)}"
+                f"{self._how_to_write(collection)}; or declare it before the call"
             )
 
     def _check_modules(self, node: Node, own: dict[str, Any], old: dict[str, Any]) -> None:
