@@ -157,7 +157,7 @@ class Changeable(Collected):
             now = fields[store].get(key)
             if now is not bound[index]:
                 how = "rebind"
-            elif index in written:
+            elif store == "_buffers" and index in written:
                 how = "copy"
             else:
                 continue
