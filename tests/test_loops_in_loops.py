@@ -193,6 +193,22 @@ def test_a_loop_whose_gradient_the_layer_differentiates() -> None:
     assert_equal(got, results(plain, plain, x))
 
 
+def test_where_a_graph_with_operators_cannot_be_compiled_the_loops_are_parts_of_it(operators: list[Any]) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        if "nested_forward" in str(graph.graph):
+            raise ValueError("no such operator here")
+        return graph
+
+    layers, plain, x = stack({"backend": backend}), stack(False), torch.randn(2, STEPS, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torchlift.TorchliftCompileWarning)
+        got = results(layers, layers, x)
+    report = last_report()
+    assert operators
+    assert report is not None and report.path == "compiled"
+    assert_equal(got, results(plain, plain, x))
+
+
 def test_a_policy_is_asked_about_the_steps() -> None:
     layers = stack(AOT, outer={"policy": torchlift.checkpoint_policies.dots_saveable})
     x = torch.randn(2, STEPS, 4)

@@ -17,11 +17,11 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import capture, spans
-from torchlift.engine.capture import CaptureError, NestedLoopError, Signature, stride_order
+from torchlift.engine.capture import CaptureError, Signature, stride_order
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
+from torchlift.engine.inlining import inlining, noting_nested
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Program, orders_of
-from torchlift.engine.remat import inlining
 from torchlift.errors import TorchliftError
 
 log = logging.getLogger(__name__)
@@ -148,10 +148,16 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
             if closures is not None:
                 return found.program, closures
         try:
-            try:
-                variant, closures = _make(request)
-            except NestedLoopError:
-                variant, closures = _make(replace(request, inline=True))
+            with noting_nested() as nested:
+                try:
+                    variant, closures = _make(request)
+                except TorchliftError:
+                    raise
+                except Exception:
+                    # The loops of the body as parts of its graph may do where operators do not.
+                    if not nested:
+                        raise
+                    variant, closures = _make(replace(request, inline=True))
         except Exception as error:
             if isinstance(error, TorchliftError) and not isinstance(error, CaptureError):
                 raise  # a carry that changes, and the like: what the plain loop would say

@@ -9,9 +9,10 @@ import torch
 
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.handles import Options, prepare
+from torchlift.engine.inlining import loops_inline, note_nested
 from torchlift.engine.loop import Body, Stacked, Tree, Xs
 from torchlift.engine.operators import OpaqueLoop, forward, laid_out
-from torchlift.engine.remat import captures_body, loops_inline
+from torchlift.engine.remat import captures_body
 from torchlift.engine.trees import split
 from torchlift.errors import ClosureError
 
@@ -42,6 +43,7 @@ def nested_run(
         return None
     if handle.program.marks:
         return None
+    note_nested(body.name)
     tensors = laid_out(handle, tensors)
     # One site, 0, for all: calls that are equal may be merged, since none of them draws.
     outs: Sequence[torch.Tensor]

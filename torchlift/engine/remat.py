@@ -40,7 +40,6 @@ class _State(threading.local):
     def __init__(self) -> None:  # in the instance: Dynamo's guards take a class attribute that is set for a new one
         self.recomputing = False
         self.inline: Annotate | None = None  # set inside inline_remat
-        self.loops = False  # set inside inlining
 
 
 _state = _State()
@@ -79,22 +78,6 @@ def inline_remat(annotate: Annotate | None = None) -> Iterator[None]:
 def captures_body() -> bool:
     """Whether this thread is in a block of :func:`inline_remat`: it captures the body of a loop."""
     return _state.inline is not None
-
-
-@contextmanager
-def inlining(loops: bool) -> Iterator[None]:
-    """A block of captures in which the loops of a body are to be a part of its graph, with ``loops``."""
-    before = _state.loops
-    _state.loops = loops
-    try:
-        yield
-    finally:
-        _state.loops = before
-
-
-def loops_inline() -> bool:
-    """Whether the loops of a body are to be a part of its graph here."""
-    return _state.loops
 
 
 def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: str = "remat") -> Callable[..., Any]:
