@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import platform
 import queue
-import sys
 import threading
 import warnings
 from typing import Any
@@ -228,27 +227,56 @@ def test_other_backends_are_given_both_graphs():
     out.sum().backward()
 
 
-@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="nothing is asked elsewhere")
-def test_asking_the_processor_without_a_compiler_says_nothing(monkeypatch):
+def test_getting_ready_without_a_compiler_says_nothing(monkeypatch):
     """The loop says it, in its warning; a thread that ends in an error prints a traceback beside that."""
-    from torch._inductor import cpu_vec_isa
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     asked, ended = queue.Queue(), []
 
-    class Isa:
-        def __str__(self):
-            return ""  # needs nothing of the processor
+    def fail(*args):
+        asked.put(threading.current_thread())
+        raise RuntimeError("no compiler")
 
-        def __bool__(self):
-            asked.put(threading.current_thread())
-            raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", [Isa(), Isa()])
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding_async", fail)
     monkeypatch.setattr(threading, "excepthook", ended.append)
-    _compat.ask_processor.__wrapped__()
-    first, second = asked.get(timeout=60), asked.get(timeout=60)
-    first.join(), second.join()
-    assert first is not second and not ended
+    _compat.prepare_compiler.__wrapped__()
+    thread = asked.get(timeout=60)
+    thread.join()
+    assert thread is not threading.main_thread() and not ended
+
+
+def test_the_processor_is_asked_once_a_kernel_could_not_be_built(monkeypatch):
+    """NOTE [Instruction sets]: the compiler is taken to know them all; where it does not, the loop compiles all the same."""
+    from torch._inductor import config, cpu_vec_isa, exc
+
+    taken = []
+
+    def compile_graphs(*args, **kwargs):
+        taken.append(config.cpp.vec_isa_ok)
+        if len(taken) == 1:
+            raise exc.CppCompileError(["g++"], "unrecognized command-line option")
+        return compile(*args, **kwargs)
+
+    compile = compiled.compile_graphs
+    monkeypatch.setattr(compiled, "compile_graphs", compile_graphs)
+    monkeypatch.setattr(_compat, "_doubted", False)
+    known = cpu_vec_isa.valid_vec_isa_list()
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", functools.cache(lambda: known))  # or it would be asked here
+    with config.patch({"cpp.vec_isa_ok": None}):
+        out, _, leaves = loop({"backend": "inductor"})
+    assert taken == [True, None]
+    assert last_report().path == "compiled"
+    out.sum().backward()
+
+
+def test_what_a_user_says_of_the_processor_is_left(monkeypatch):
+    from torch._inductor import config, exc
+
+    monkeypatch.setattr(_compat, "_doubted", False)
+    with config.patch({"cpp.vec_isa_ok": False}):
+        assert not _compat.doubt_processor(exc.CppCompileError(["g++"], ""))
+        assert _compat._optimism() == {}
+    assert not _compat.doubt_processor(RuntimeError("something else"))
 
 
 def test_options_of_inductor_reach_it(monkeypatch):

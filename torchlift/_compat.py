@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import itertools
-import platform
 import sys
 import threading
 import types
@@ -248,7 +248,7 @@ class Inductor:
         self.stack = ExitStack()
         self.stack.enter_context(V.set_fake_mode(self.mode))
         self.stack.enter_context(tracing(TracingContext(self.mode)))
-        self.stack.enter_context(config.patch(self.options))
+        self.stack.enter_context(config.patch(_optimism() | self.options))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -305,26 +305,42 @@ def _passes(last: Any) -> dict[str, Any]:
     return {"_post_fusion_custom_pass": type("Pass", (base,), members)()}
 
 
+# NOTE [Instruction sets]. Before its first kernel Inductor builds and loads a program for each set of instructions that
+# a processor has, to know whether the C++ compiler can use it: 7 s on a new machine. A compiler that builds torch's
+# headers can. So compiled loops take it that it can, and have it asked only when a kernel could not be built.
+_doubted = False
+
+
+def _optimism() -> dict[str, Any]:
+    from torch._inductor import config
+
+    return {} if _doubted or config.cpp.vec_isa_ok is not None else {"cpp.vec_isa_ok": True}
+
+
+def doubt_processor(error: Exception) -> bool:
+    """Whether ``error`` may come of instructions that were not asked for; from now on they are."""
+    from torch._inductor import cpu_vec_isa, exc
+
+    global _doubted
+    cause = getattr(error, "inner_exception", error)
+    if not _optimism() or not isinstance(cause, exc.CppCompileError | ImportError | OSError):
+        return False
+    _doubted = True
+    for asked in (cpu_vec_isa.valid_vec_isa_list, *(type(isa).__bool__ for isa in cpu_vec_isa.supported_vec_isa_list)):
+        getattr(asked, "cache_clear", lambda: None)()
+    return True
+
+
 @functools.cache
-def ask_processor() -> None:
-    """Asks what Inductor will ask of the processor, in threads, once: on a new machine a compiler answers for 7 s.
+def prepare_compiler() -> None:
+    """Has the header of Inductor's C++ kernels made while a body is captured: 3 s on a new machine."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    Inductor runs it for one set of instructions after the other, when it makes its first kernel. Here two of them run
-    at a time, while a body is captured.
-    """
-    from torch._inductor import cpu_vec_isa
+    def prepare() -> None:
+        with contextlib.suppress(Exception):  # that there is no compiler, say: who compiles will hear of it
+            CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
 
-    if sys.platform == "linux" and platform.machine() == "x86_64":
-        flags = cpu_vec_isa.x86_isa_checker()
-        found = [isa for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= set(flags)]
-
-        def ask(share: list[Any]) -> None:
-            with contextlib.suppress(Exception):  # that there is no compiler, say: who compiles will hear of it
-                for isa in share:
-                    bool(isa)
-
-        for share in (found[::2], found[1::2]):
-            threading.Thread(target=ask, args=(share,), daemon=True).start()
+    threading.Thread(target=contextvars.copy_context().run, args=(prepare,), daemon=True).start()
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:

@@ -321,10 +321,17 @@ def capture_program(
     request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool = False
 ) -> Variant:
     """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
+    try:
+        return _capture(request, dims, closures, shapes)
+    except Exception as error:
+        if not _compat.doubt_processor(error):
+            raise
+    return _capture(request, dims, closures, shapes)
+
+
+def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool) -> Variant:
     symbolic = any(dims)
     train, signature = request.train, request.signature
-    if request.backend.inductor and any(t.device.type == "cpu" for t in request.tensors):
-        _compat.ask_processor()
     mode = _compat.new_fake_mode(symbolic)
     fn = capture.substituted(capture.unrolled(request.body, signature), closures)
     a = signature.consts.tensors
@@ -335,6 +342,8 @@ def capture_program(
         raise CaptureError("the body hands a closed-over tensor to code that hides it; pass it as an argument")
     train = train and any(seen.requires_grad)
     with surroundings(mode, request.backend, seen.random) as inductor, inlining(request.loops_inline):
+        if inductor is not None and any(t.device.type == "cpu" for t in request.tensors):
+            _compat.prepare_compiler()
         graphs = capture.trace(
             fn,
             seen,
