@@ -19,6 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+try:
+    from torch.distributed.device_mesh import _mesh_resources
+except ImportError:  # a build without torch.distributed
+    _mesh_resources = None  # type: ignore[assignment]
+
 
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jvp, functionalize) is in effect."""
@@ -572,6 +577,31 @@ def inductor_products(op: Any) -> None:
 
 
 # --- collectives --------------------------------------------------------------------------------------------------
+
+
+def mesh_dimensions() -> list[tuple[str, int, int, str]]:
+    """Of the device mesh that this thread entered: each dimension's name, size, this process's number, and group."""
+    stack = () if _mesh_resources is None else _mesh_resources.mesh_stack
+    if not stack:
+        return []
+    mesh = stack[-1]
+    names = mesh.mesh_dim_names or ()
+    return [
+        (name, mesh.size(at), mesh.get_local_rank(name), mesh.get_group(name).group_name)
+        for at, name in enumerate(names)
+    ]
+
+
+def all_reduce(x: torch.Tensor, kind: str, group: str) -> torch.Tensor:
+    """The ``"sum"``, ``"max"`` or ``"min"`` over the processes of a group, by an operator that graphs can hold."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), kind, group))
+
+
+def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    """What the ``size`` processes of a group have, stacked on a new first dimension."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(x.unsqueeze(0).contiguous(), size, group))
 
 
 def kept_in_graphs(*functions: Callable[..., Any]) -> Callable[[], bool]:

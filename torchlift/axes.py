@@ -1,49 +1,16 @@
-"""Named axes: which mapped axes a body is in, and collectives over them."""
+"""Collectives over named axes: of the maps around a body, or of a device mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchlift import _compat, _tree
-from torchlift._context import context
-from torchlift.errors import AxisError, AxisNameError, UnsupportedError
-
-Names = str | Sequence[str]
-
-
-@dataclass(frozen=True)
-class NamedAxis:
-    """A mapped axis that a body is in: its name, size, and this index's number, a tensor that is mapped itself."""
-
-    name: str
-    size: int
-    index: Tensor
-
-
-def and_named(name: str | None, size: int, index: Tensor) -> tuple[NamedAxis, ...]:
-    """The mapped axes that a body is in, and one more if it has a name."""
-    return context.axes if name is None else (*context.axes, NamedAxis(name, size, index))
-
-
-def find(names: Names, where: str) -> list[NamedAxis]:
-    """The axes of these names, innermost first where a name is there twice."""
-    found = []
-    for name in (names,) if isinstance(names, str) else names:
-        axis = next((axis for axis in reversed(context.axes) if axis.name == name), None)
-        if axis is None:
-            known = sorted({axis.name for axis in context.axes})
-            raise AxisNameError(
-                f"{where}: got the axis name {name!r}, expected one of {known}, the mapped axes around this call; "
-                f"name one: torchlift.vmap(..., axis_name={name!r})"
-            )
-        found.append(axis)
-    return found
-
+from torchlift.errors import AxisError, UnsupportedError
+from torchlift.named_axes import NamedAxis, Names, find
 
 # Primitives ----------------------------------------------------------------------------------------------------------
 #
@@ -51,35 +18,39 @@ def find(names: Names, where: str) -> list[NamedAxis]:
 # one vmap only, the one whose axis is meant: a vmap that does not map the index lets the function pass to the next one
 # outside. Where it does, the rule is an ordinary reduction, which torch differentiates by itself; the formulas below
 # serve transforms inside of that vmap, such as ``grad`` in its body. They transpose as in JAX: the cotangent of a sum
-# is the sum of all cotangents.
+# is the sum of all cotangents. An axis of a mesh has no vmap: every map passes the function on, until its forward asks
+# the processes of the ``group``.
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, index: Tensor, size: int) -> Tensor:
-        raise _left_its_map()
+    def forward(x: Tensor, index: Tensor, size: int, group: str | None) -> Tensor:
+        x = x.long() if x.dtype is torch.bool else x
+        return _compat.all_reduce(x, "sum", _group(group))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, ctx.size = inputs
+        _, index, *ctx.axis = inputs
         ctx.save_for_backward(index)
         ctx.save_for_forward(index)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         (index,) = ctx.saved_tensors
-        return _sum(cotangent, index, ctx.size), None, None
+        return _sum(cotangent, index, *ctx.axis), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         (index,) = ctx.saved_tensors
-        return _sum(tangent, index, ctx.size)
+        return _sum(tangent, index, *ctx.axis)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, index: Tensor, size: int) -> tuple[Tensor, int | None]:
-        dim, here, _ = in_dims
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, index: Tensor, size: int, group: str | None
+    ) -> tuple[Tensor, int | None]:
+        dim, here, *_ = in_dims
         if here is None:
-            return _sum(x, index, size), dim
+            return _sum(x, index, size, group), dim
         _check_whole(info, size)
         if dim is None:
             return x * size, None
@@ -90,12 +61,12 @@ class _Extreme(torch.autograd.Function):
     """The largest or smallest; indices that share it share its gradient, as in ``torch.amax``."""
 
     @staticmethod
-    def forward(x: Tensor, index: Tensor, size: int, kind: str) -> Tensor:
-        raise _left_its_map()
+    def forward(x: Tensor, index: Tensor, size: int, group: str | None, kind: str) -> Tensor:
+        return _compat.all_reduce(x, kind, _group(group))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, index, ctx.size, _ = inputs
+        x, index, *ctx.axis, _ = inputs
         ctx.save_for_backward(x, index, output)
         ctx.save_for_forward(x, index, output)
 
@@ -103,21 +74,21 @@ class _Extreme(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         x, index, out = ctx.saved_tensors
         mask = (x == out).to(cotangent.dtype)
-        return _sum(cotangent, index, ctx.size) * mask / _sum(mask, index, ctx.size), None, None, None
+        return _sum(cotangent, index, *ctx.axis) * mask / _sum(mask, index, *ctx.axis), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         x, index, out = ctx.saved_tensors
         mask = (x == out).to(tangent.dtype)
-        return _sum(mask * tangent, index, ctx.size) / _sum(mask, index, ctx.size)
+        return _sum(mask * tangent, index, *ctx.axis) / _sum(mask, index, *ctx.axis)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, index: Tensor, size: int, kind: str
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, index: Tensor, size: int, group: str | None, kind: str
     ) -> tuple[Tensor, int | None]:
         dim, here, *_ = in_dims
         if here is None:
-            return _extreme(x, index, size, kind), dim
+            return _extreme(x, index, size, group, kind), dim
         _check_whole(info, size)
         if dim is None:
             return x.clone(), None
@@ -126,46 +97,50 @@ class _Extreme(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, index: Tensor, size: int, axis: int) -> Tensor:
-        raise _left_its_map()
+    def forward(x: Tensor, index: Tensor, size: int, group: str | None, dim: int) -> Tensor:
+        return _compat.all_gather(x, size, _group(group)).movedim(0, dim).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, ctx.size, ctx.axis = inputs
+        _, index, *ctx.axis, ctx.dim = inputs
         ctx.save_for_backward(index)
         ctx.save_for_forward(index)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         (index,) = ctx.saved_tensors
-        total = _sum(cotangent, index, ctx.size)
-        return total.index_select(ctx.axis, index.reshape(1)).squeeze(ctx.axis), None, None, None
+        total = _sum(cotangent, index, *ctx.axis)
+        here = index.reshape(1).to(total.device)
+        return total.index_select(ctx.dim, here).squeeze(ctx.dim), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         (index,) = ctx.saved_tensors
-        return _gather(tangent, index, ctx.size, ctx.axis)
+        size, group = ctx.axis
+        return _gather(tangent, index, size, group, ctx.dim)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, index: Tensor, size: int, axis: int
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, index: Tensor, size: int, group: str | None, dim: int
     ) -> tuple[Tensor, int | None]:
-        dim, here, *_ = in_dims
+        mapped, here, *_ = in_dims
         if here is None:
-            if dim is None:
-                return _gather(x, index, size, axis), None
-            return _gather(x.movedim(dim, 0), index, size, axis + 1), 0
+            if mapped is None:
+                return _gather(x, index, size, group, dim), None
+            return _gather(x.movedim(mapped, 0), index, size, group, dim + 1), 0
         _check_whole(info, size)
-        if dim is None:
-            return x.unsqueeze(axis).repeat_interleave(size, axis), None
-        return x.movedim(dim, axis).clone(), None  # a function may not return its operand, or a view of it
+        if mapped is None:
+            return x.unsqueeze(dim).repeat_interleave(size, dim), None
+        return x.movedim(mapped, dim).clone(), None  # a function may not return its operand, or a view of it
 
 
-def _left_its_map() -> UnsupportedError:
-    return UnsupportedError(
-        "a collective ran outside of the vmap that names its axis: in code that outlived it, or in a vmap that runs "
-        "index by index; call it in the body itself, and split all random streams alike"
-    )
+def _group(group: str | None) -> str:
+    if group is None:
+        raise UnsupportedError(
+            "a collective ran outside of the vmap that names its axis: in code that outlived it, or in a vmap that "
+            "runs index by index; call it in the body itself, and split all random streams alike"
+        )
+    return group
 
 
 def _check_whole(info: Any, size: int) -> None:
@@ -180,24 +155,30 @@ def _check_whole(info: Any, size: int) -> None:
 # needs: Dynamo traces its forward, and ignores the rule.
 
 
-def _sum(x: Tensor, index: Tensor, size: int) -> Tensor:
-    return _Sum.apply(x, index, size)
+def _sum(x: Tensor, index: Tensor, size: int, group: str | None) -> Tensor:
+    return _Sum.apply(x, index, size, group)
 
 
-def _extreme(x: Tensor, index: Tensor, size: int, kind: str) -> Tensor:
-    return _Extreme.apply(x, index, size, kind)
+def _extreme(x: Tensor, index: Tensor, size: int, group: str | None, kind: str) -> Tensor:
+    return _Extreme.apply(x, index, size, group, kind)
 
 
-def _gather(x: Tensor, index: Tensor, size: int, axis: int) -> Tensor:
-    return _Gather.apply(x, index, size, axis)
+def _gather(x: Tensor, index: Tensor, size: int, group: str | None, dim: int) -> Tensor:
+    return _Gather.apply(x, index, size, group, dim)
 
 
 _allow = _compat.kept_in_graphs(_sum, _extreme, _gather)
 
 
-def _operand(axis: NamedAxis) -> Tensor:
+def _number(axis: NamedAxis) -> Tensor:
+    if isinstance(axis.index, int):
+        return torch.tensor(axis.index)
     # An operator first: where a body is run again (remat), it is operators that get the index of the new run.
     return axis.index.view_as(axis.index)
+
+
+def _operands(axis: NamedAxis) -> tuple[Tensor, int, str | None]:
+    return _number(axis), axis.size, axis.group
 
 
 def _mapped(where: str, names: Names, x: Any, one: Callable[[Tensor, NamedAxis], Tensor]) -> Any:
@@ -219,105 +200,110 @@ def _mapped(where: str, names: Names, x: Any, one: Callable[[Tensor, NamedAxis],
 
 
 def psum(x: Any, axis_name: Names) -> Any:
-    """The sum of ``x`` over a named mapped axis, the same at every index.
+    """The sum of ``x`` over a named axis, the same at every index.
 
     The counterpart of ``jax.lax.psum``. Works in the body of ``torchlift.vmap(..., axis_name=)``, in maps, loops and
     ``torch.func`` transforms inside of it, and under ``torch.compile``. Its gradient is again a sum over the axis.
 
+    An axis that no map around names may be a dimension of a device mesh that was entered, ``with mesh:``. Then every
+    process along that dimension makes the call, with its own ``x``: the same code runs mapped on one machine and
+    distributed on many.
+
     Args:
         x: a tensor or number, or a tree of them.
-        axis_name: the ``axis_name`` of a ``vmap`` around the call, or several.
+        axis_name: the ``axis_name`` of a ``vmap`` around the call, or the name of a mesh dimension; or several.
 
     Returns:
         A tree like ``x``.
 
     Raises:
-        AxisNameError: no axis of that name is mapped around the call.
+        AxisNameError: no map around the call and no mesh has an axis of that name.
 
     Example:
         >>> softmax = torchlift.vmap(lambda m, x: x.exp() / torchlift.psum(x.exp(), "row"), axis_name="row")
         >>> softmax(torch.nn.Identity(), torch.zeros(4))
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    return _mapped("psum", axis_name, x, lambda leaf, axis: _sum(leaf, _operand(axis), axis.size))
+    return _mapped("psum", axis_name, x, lambda leaf, axis: _sum(leaf, *_operands(axis)))
 
 
 def pmean(x: Any, axis_name: Names) -> Any:
-    """The mean of ``x`` over a named mapped axis, the same at every index.
+    """The mean of ``x`` over a named axis, the same at every index.
 
     The counterpart of ``jax.lax.pmean``; see :func:`psum`.
 
     Args:
         x: a tensor or number, or a tree of them.
-        axis_name: the ``axis_name`` of a ``vmap`` around the call, or several.
+        axis_name: the ``axis_name`` of a ``vmap`` around the call, or the name of a mesh dimension; or several.
 
     Returns:
         A tree like ``x``.
 
     Raises:
-        AxisNameError: no axis of that name is mapped around the call.
+        AxisNameError: no map around the call and no mesh has an axis of that name.
 
     Example:
         >>> centred = torchlift.vmap(lambda m, x: x - torchlift.pmean(x, "row"), axis_name="row")
         >>> centred(torch.nn.Identity(), torch.arange(3.0))
         tensor([-1.,  0.,  1.])
     """
-    return _mapped("pmean", axis_name, x, lambda leaf, axis: _sum(leaf, _operand(axis), axis.size) / axis.size)
+    return _mapped("pmean", axis_name, x, lambda leaf, axis: _sum(leaf, *_operands(axis)) / axis.size)
 
 
 def pmax(x: Any, axis_name: Names) -> Any:
-    """The elementwise maximum of ``x`` over a named mapped axis, the same at every index.
+    """The elementwise maximum of ``x`` over a named axis, the same at every index.
 
     The counterpart of ``jax.lax.pmax``; see :func:`psum`. Unlike that it has a gradient, which indices that share the
     maximum share, as in ``torch.amax``.
 
     Args:
         x: a tensor or number, or a tree of them.
-        axis_name: the ``axis_name`` of a ``vmap`` around the call, or several.
+        axis_name: the ``axis_name`` of a ``vmap`` around the call, or the name of a mesh dimension; or several.
 
     Returns:
         A tree like ``x``.
 
     Raises:
-        AxisNameError: no axis of that name is mapped around the call.
+        AxisNameError: no map around the call and no mesh has an axis of that name.
 
     Example:
         >>> torchlift.vmap(lambda m, x: torchlift.pmax(x, "row"), axis_name="row")(torch.nn.Identity(), torch.arange(3))
         tensor([2, 2, 2])
     """
-    return _mapped("pmax", axis_name, x, lambda leaf, axis: _extreme(leaf, _operand(axis), axis.size, "max"))
+    return _mapped("pmax", axis_name, x, lambda leaf, axis: _extreme(leaf, *_operands(axis), "max"))
 
 
 def pmin(x: Any, axis_name: Names) -> Any:
-    """The elementwise minimum of ``x`` over a named mapped axis, the same at every index.
+    """The elementwise minimum of ``x`` over a named axis, the same at every index.
 
     The counterpart of ``jax.lax.pmin``; see :func:`pmax`.
 
     Args:
         x: a tensor or number, or a tree of them.
-        axis_name: the ``axis_name`` of a ``vmap`` around the call, or several.
+        axis_name: the ``axis_name`` of a ``vmap`` around the call, or the name of a mesh dimension; or several.
 
     Returns:
         A tree like ``x``.
 
     Raises:
-        AxisNameError: no axis of that name is mapped around the call.
+        AxisNameError: no map around the call and no mesh has an axis of that name.
 
     Example:
         >>> torchlift.vmap(lambda m, x: torchlift.pmin(x, "row"), axis_name="row")(torch.nn.Identity(), torch.arange(3))
         tensor([0, 0, 0])
     """
-    return _mapped("pmin", axis_name, x, lambda leaf, axis: _extreme(leaf, _operand(axis), axis.size, "min"))
+    return _mapped("pmin", axis_name, x, lambda leaf, axis: _extreme(leaf, *_operands(axis), "min"))
 
 
 def all_gather(x: Any, axis_name: Names, *, axis: int = 0, tiled: bool = False) -> Any:
-    """The values of ``x`` at all indices of a named mapped axis, in one tensor, the same at every index.
+    """The values of ``x`` at all indices of a named axis, in one tensor, the same at every index.
 
     The counterpart of ``jax.lax.all_gather``; see :func:`psum`. Its gradient is the sum over the axis, at this index.
 
     Args:
         x: a tensor or number, or a tree of them.
-        axis_name: the ``axis_name`` of a ``vmap`` around the call, or several, the first one major.
+        axis_name: the ``axis_name`` of a ``vmap`` around the call, or the name of a mesh dimension; or several, the
+            first one major.
         axis: where the gathered axis goes.
         tiled: concatenate on the existing ``axis`` rather than stack on a new one.
 
@@ -325,7 +311,7 @@ def all_gather(x: Any, axis_name: Names, *, axis: int = 0, tiled: bool = False) 
         A tree like ``x``.
 
     Raises:
-        AxisNameError: no axis of that name is mapped around the call.
+        AxisNameError: no map around the call and no mesh has an axis of that name.
         AxisError: ``x`` has no such axis.
 
     Example:
@@ -347,7 +333,7 @@ def all_gather(x: Any, axis_name: Names, *, axis: int = 0, tiled: bool = False) 
     def of_leaf(leaf: Any) -> Tensor:
         leaf = torch.as_tensor(leaf)
         at = place(leaf)
-        gathered = _mapped("all_gather", axis_name, leaf, lambda x, a: _gather(x, _operand(a), a.size, at))
+        gathered = _mapped("all_gather", axis_name, leaf, lambda x, a: _gather(x, *_operands(a), at))
         last = at + levels - 1 + tiled
         return gathered.flatten(at, last) if last > at else gathered
 
@@ -355,18 +341,19 @@ def all_gather(x: Any, axis_name: Names, *, axis: int = 0, tiled: bool = False) 
 
 
 def axis_index(axis_name: Names) -> Tensor:
-    """The number of this index on a named mapped axis.
+    """The number of this index on a named axis.
 
     The counterpart of ``jax.lax.axis_index``.
 
     Args:
-        axis_name: the ``axis_name`` of a ``vmap`` around the call, or several, the first one major.
+        axis_name: the ``axis_name`` of a ``vmap`` around the call, or the name of a mesh dimension; or several, the
+            first one major.
 
     Returns:
         An integer tensor without dimensions.
 
     Raises:
-        AxisNameError: no axis of that name is mapped around the call.
+        AxisNameError: no map around the call and no mesh has an axis of that name.
 
     Example:
         >>> number = torchlift.vmap(lambda m, x: x + torchlift.axis_index("row"), axis_name="row")
@@ -374,7 +361,7 @@ def axis_index(axis_name: Names) -> Tensor:
         tensor([0., 1., 2.])
     """
     first, *rest = find(axis_name, "axis_index")
-    index = _operand(first)
+    index = _number(first)
     for axis in rest:
-        index = index * axis.size + _operand(axis)
+        index = index * axis.size + _number(axis)
     return index

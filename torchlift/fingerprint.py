@@ -45,7 +45,8 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
     contents = tuple([of_class(cls) for cls in classes if not is_library(cls.__module__)])
-    return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures)
+    axes = tuple((axis.name, axis.size, axis.group) for axis in packed.context["axes"])
+    return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures, axes)
 
 
 def of_modules(packed: Packed, skip: Sequence[str] = ()) -> tuple[Hashable, ...]:

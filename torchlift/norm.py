@@ -1,4 +1,4 @@
-"""Batch normalisation over a mapped axis."""
+"""Batch normalisation over a named axis."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat
-from torchlift.axes import Names, find, pmean
+from torchlift.axes import pmean
 from torchlift.errors import TransformTargetError
+from torchlift.named_axes import Names, find
 
 
 class _SyncBatchNorm(_compat.BatchNorm):
@@ -59,7 +60,7 @@ def _channels(statistic: Tensor, like: Tensor) -> Tensor:
 
 
 def sync_batch_norm(module: nn.Module, axis_name: Names) -> nn.Module:
-    """Makes the batch-norm layers of a module take their statistics over a mapped axis too.
+    """Makes the batch-norm layers of a module take their statistics over a named axis too.
 
     Under ``vmap(..., axis_name=)`` they then compute what batch norm computes on the joined batch, running statistics
     included: equal at every index, so that ``batch_stats`` may be shared (``None`` in ``variable_axes``). The
@@ -67,7 +68,8 @@ def sync_batch_norm(module: nn.Module, axis_name: Names) -> nn.Module:
 
     Args:
         module: a module; its batch-norm layers are replaced in place, by ones with the same parameters and buffers.
-        axis_name: the ``axis_name`` of a ``vmap`` around the calls, or several.
+        axis_name: the ``axis_name`` of a ``vmap`` around the calls, or the name of a dimension of the device mesh that
+            they are made in (``with mesh:``); or several.
 
     Returns:
         ``module``, or what replaces it if it is a batch-norm layer itself.

@@ -28,6 +28,7 @@ from torchlift.errors import (
     TransformedMethodReturnValueError,
 )
 from torchlift.filters import matches
+from torchlift.named_axes import around
 from torchlift.nodes import STORES, same
 from torchlift.variables import (
     AT,
@@ -65,7 +66,9 @@ class Packed(Changeable):
         self.fn, self.inside = fn, inside
         self.nested = AT in module.__dict__  # bound in an outer body: state is published there with its graph
         self.transformed = not self.nested and not _compat.is_compiling() and _compat.functorch_active()
-        self.context = {"captures": context.captures, "axes": context.axes}
+        # A graph recomputes no body in Python, so there a mesh is found where it is entered.
+        axes = context.axes if _compat.is_compiling() else around()
+        self.context = {"captures": context.captures, "axes": axes}
         self.refused: tuple[tuple[str, str], ...] = context.refused
         self._writable = [False] * len(self.entries)
 
@@ -182,9 +185,9 @@ class Packed(Changeable):
         drawn = self._draws_refused()
         try:
             axes = self.context["axes"]
-            around = frames or context.captures or self.refused or context.refused or axes or context.axes
+            surrounded = frames or context.captures or self.refused or context.refused or axes or context.axes
             inner = {"captures": (frame,) if frames else (), "axes": axes, "refused": self.refused}
-            with entered(**inner) if around else contextlib.nullcontext():
+            with entered(**inner) if surrounded else contextlib.nullcontext():
                 out = self.fn(shadows[0], *args, **kwargs)
         except BaseException as error:  # also what ends a run so that another can start
             self._check_containers(held, shadows, error)

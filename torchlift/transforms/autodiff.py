@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, _tree, axes
+from torchlift import _compat, _tree
 from torchlift.changes import Update
 from torchlift.errors import DifferentiationError, UnsupportedError, VariableNameError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import as_tuple
+from torchlift.named_axes import NamedAxis, find
 from torchlift.pack import Packed
 from torchlift.transforms.calls import (
     Call,
@@ -144,9 +145,21 @@ def _reduced(cotangent: Tensor, primal: Tensor, names: tuple[str, ...], label: s
     """``cotangent``, summed over the named axes whose indices share ``primal``."""
     if names and _compat.is_compiling():
         _allow()
-    for axis in axes.find(names, f"{label}: reduce_axes"):
+    for axis in _mapped_axes(names, label):
+        assert isinstance(axis.index, Tensor)
         cotangent = _sum_of_shared(cotangent, primal, axis.index.view_as(axis.index), axis.size)
     return cotangent
+
+
+def _mapped_axes(names: tuple[str, ...], label: str) -> list[NamedAxis]:
+    found = find(names, f"{label}: reduce_axes")
+    for axis in found:
+        if axis.group is not None:
+            raise UnsupportedError(
+                f"{label}: reduce_axes has {axis.name!r}, a dimension of a device mesh, whose processes do not tell "
+                f"what they share; sum what they do: torchlift.psum(gradient, {axis.name!r})"
+            )
+    return found
 
 
 def _started(
@@ -155,7 +168,7 @@ def _started(
 ) -> tuple[Any, Any, Update, Pullback, Packed]:  # fmt: skip
     """The forward half of a reverse-mode derivative, nothing of it published."""
     reduced = as_tuple(reduce_axes)
-    axes.find(reduced, f"{label}: reduce_axes")
+    _mapped_axes(reduced, label)
     check(vjp_variables, f"{label}: vjp_variables")
     packed = collected(fn, mdl, primals, variables, rngs, label)
     wanted = wanted_operands(packed, vjp_variables, "vjp_variables", multi_scope)

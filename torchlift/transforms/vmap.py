@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, _tree, axes, metadata, rng, stacked_classes, stacking
+from torchlift import _compat, _tree, metadata, rng, stacked_classes, stacking
 from torchlift.changes import Update
 from torchlift.engine.run import Report, record
 from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, TorchliftWarning, warn
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
+from torchlift.named_axes import and_named
 from torchlift.pack import Packed
 from torchlift.transforms.options import check_axes, check_count, check_size
 
@@ -212,7 +213,7 @@ class _Run:
 
     def one(self, index: Tensor, tensors: Any, leaves: Any) -> list[Tensor]:
         """The body at one index. What is static about its results is kept in ``self``: it is the same at each."""
-        self.packed.context["axes"] = axes.and_named(self.axis_name, self.size, index)
+        self.packed.context["axes"] = and_named(self.axis_name, self.size, index)
         out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves), self.attributes)
         leaves, self.out_spec = _tree.flatten(out)
         sown, self.sown_spec = _tree.flatten(update.sown)
