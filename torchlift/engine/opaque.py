@@ -14,6 +14,7 @@ one mask. So every call bears a number of its own.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ def opaque_run(
     layers comes out as something else (``ON_CARRY``).
     """
     site = _new_site()
+    length = operator.index(length)  # where Dynamo made sizes symbolic: one loop is of one number of iterations
     stacked = isinstance(xs, Stacked)
     enrolled = isinstance(xs, Enrolled)
     tree = xs.tree if isinstance(xs, Stacked) else xs.inputs if isinstance(xs, Enrolled) else xs

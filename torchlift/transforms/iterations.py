@@ -218,7 +218,9 @@ class Iterations:
 
     # Loop ------------------------------------------------------------------------------------------------------------
 
-    def loop(self, register: Callable[[], str], *, compile: Any, **options: Any) -> tuple[Any, Any] | None:
+    def loop(
+        self, register: Callable[[tuple[bool, ...]], str], *, compile: Any, **options: Any
+    ) -> tuple[Any, Any] | None:
         """Runs the loop and publishes its state; the carry as the user's tree, and the engine's ys.
 
         None, with nothing done, where a graph of ``torch.compile`` around it would have to break.
@@ -243,7 +245,9 @@ class Iterations:
             if not _compat.is_compiling():
                 warn_plain(self.label, reason)
         if _compat.is_compiling():
-            known = "" if compile is False or packed.nested or length == 0 else register()
+            # What is not read while Dynamo traces is no reason for it to trace anew.
+            modes = tuple([node.module.training for node in packed.nodes])
+            known = "" if compile is False or packed.nested or length == 0 else register(modes)
             if known:
                 refused = dict(packed.refused).get(rng.DROPOUT)
                 out, ys = opaque_run(

@@ -16,6 +16,7 @@ from torchlift.errors import ModifyCollectionError, UnsupportedError, VariableNa
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
+from torchlift.transforms.options import check_callable, check_flag
 
 Variables = dict[str, dict[str, Tensor]]  # {collection: {dotted name: tensor}}
 Function = Callable[[Variables], Mapping[str, Mapping[str, Tensor]]]
@@ -34,6 +35,12 @@ class _Map_variables(Transform):
     mutable: bool = False
     rngs: Filter = True
     variables: Filter = True
+
+    def __post_init__(self) -> None:
+        check_flag(self.init, "map_variables: init")
+        check_flag(self.mutable, "map_variables: mutable")
+        for name in ("trans_in_fn", "trans_out_fn"):
+            check_callable(getattr(self, name), f"map_variables: {name}", "a function of {collection: {name: tensor}}")
 
     @_compat.outside_of_graphs
     def call(

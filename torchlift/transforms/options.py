@@ -64,6 +64,18 @@ def check_backend(backend: Any, mode: Any, where: str) -> None:
             raise OptionError(f"{where} the mode {mode!r}, expected one that torch.compile knows: {error}") from error
 
 
+def check_flag(flag: Any, where: str) -> None:
+    """True or False."""
+    if not isinstance(flag, bool):
+        raise OptionError(f"{where} is {flag!r}, expected True or False")
+
+
+def check_name(name: Any, where: str) -> None:
+    """The name of an axis, or None."""
+    if name is not None and not isinstance(name, str):
+        raise OptionError(f"{where} is {name!r}, expected a str")
+
+
 def check_callable(fn: Any, where: str, what: str) -> None:
     """A function, or None."""
     if fn is not None and not callable(fn):

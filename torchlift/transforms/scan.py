@@ -21,6 +21,7 @@ from torchlift.transforms.options import (
     check_axes,
     check_callable,
     check_compile,
+    check_flag,
     check_lengths,
     check_policy,
     check_size,
@@ -66,6 +67,7 @@ class _Scan(_Loop):
     def __post_init__(self) -> None:
         check_size(self.length, "scan: length")
         check_compile(self.compile, "scan: compile=")
+        check_flag(self.reverse, "scan: reverse")
         check_callable(self.data_transform, "scan: data_transform", "a function of (variable_groups, rng_groups)")
 
     @property
@@ -84,7 +86,7 @@ class _Scan(_Loop):
             raise TransformTargetError(f"{label}: got no carry, expected a call (carry, *xs), with None for no carry")
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         done = iterations.loop(
-            lambda: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None),
+            lambda modes: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None, modes),
             reverse=self.reverse, unroll=self.unroll, compile=self.compile,
         )  # fmt: skip
         if done is None:
@@ -131,7 +133,9 @@ class _Remat_scan(_Loop):
             )
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         done = iterations.loop(
-            lambda: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy),
+            lambda modes: _register(
+                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy, modes
+            ),
             remat=self.policy or True, lengths=self.lengths, compile=self.compile,
         )  # fmt: skip
         if done is None:
@@ -173,7 +177,7 @@ def _meant(value: Any) -> Any:
 @torch.compiler.assume_constant_result
 def _register(
     cls: type[Any], settings: dict[str, Any], fn: Any, module: nn.Module, args: Any, kwargs: Any, label: str,
-    inside: Any, policy: Any,
+    inside: Any, policy: Any, modes: tuple[bool, ...],
 ) -> str:  # fmt: skip
     """Called while Dynamo traces, with the real module: the key of the loop's body in a graph around it.
 
