@@ -68,7 +68,7 @@ class Packed(Changeable):
         self.transformed = not self.nested and not _compat.is_compiling() and _compat.functorch_active()
         # A graph recomputes no body in Python, so there a mesh is found where it is entered.
         axes = context.axes if _compat.is_compiling() else around()
-        self.context = {"captures": context.captures, "axes": axes}
+        self.context: dict[str, tuple[Any, ...]] = {"captures": context.captures, "axes": axes}
         self.refused: tuple[tuple[str, str], ...] = context.refused
         self._writable = [False] * len(self.entries)
 

@@ -86,7 +86,9 @@ class _Scan(_Loop):
             raise TransformTargetError(f"{label}: got no carry, expected a call (carry, *xs), with None for no carry")
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         done = iterations.loop(
-            lambda modes: _register(*self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None, modes),
+            lambda modes: _register(
+                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None, modes
+            ),
             reverse=self.reverse, unroll=self.unroll, compile=self.compile,
         )  # fmt: skip
         if done is None:
