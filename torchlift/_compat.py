@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks  # noqa: F401
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -23,6 +25,24 @@ try:
     from torch.distributed.device_mesh import _mesh_resources
 except ImportError:  # a build without torch.distributed
     _mesh_resources = None  # type: ignore[assignment]
+
+
+def parametrizations_are_cached() -> bool:
+    """Whether ``torch.nn.utils.parametrize.cached()`` is in effect."""
+    return parametrize._cache_enabled > 0
+
+
+def uncached(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` without that cache, which is by the address of a module: those that bodies run on come and go."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            parametrize._cache_enabled = before
+
+    return run
 
 
 def functorch_active() -> bool:

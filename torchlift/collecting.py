@@ -230,7 +230,9 @@ class Collected:
         return self.roots[root]
 
     def has_hooks(self, skip_root: bool) -> bool:
-        """Whether any module has hooks, which a captured graph would run once and never again."""
+        """Whether any module has hooks, or all have, which a captured graph would run once and never again."""
+        if not _compat.is_compiling() and _compat.has_global_hooks():
+            return True
         # What is remembered has none.
         if self.memory is not None:
             return False

@@ -34,6 +34,7 @@ from torchlift.variables import Variable, class_of
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
 _TOLD = (*ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
 _DEPTH = 64  # values in one another
+_DEEP = 8  # of objects in one another that a name leads to
 _MOST = 10_000  # of one value: what is read at each call must be small
 
 
@@ -45,6 +46,8 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
     contents = tuple([of_class(cls) for cls in classes if not is_library(cls.__module__)])
+    # A method of torch's own that was replaced.
+    contents += tuple([_outline(cls.forward) for cls in classes if not is_library(cls.forward.__module__)])
     axes = tuple((axis.name, axis.size, axis.group) for axis in packed.context["axes"])
     return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures, axes)
 
@@ -183,8 +186,9 @@ class _Reader:
             return ("method", self.all((value.__func__, value.__self__)))
         if isinstance(value, types.FunctionType):
             parts = (value.__defaults__, value.__kwdefaults__, *map(in_cell, value.__closure__ or ()))
-            return ("function", value.__code__, self.all(parts), *_values(_names_read([value])))
-        fields = getattr(value, "__dict__", None)
+            read = _of_modules_in(value)
+            return ("function", value.__code__, self.all(parts), *_values(_names_read([value])), *read)
+        fields = getattr(value, "__dict__", None) or _slots_of(value, kind)
         if fields and kind.__module__ != "builtins":
             self.objects += not _tree.is_node(value)
             content = self.all(fields.values())
@@ -197,6 +201,30 @@ class _Reader:
         except Exception:  # whatever a class of the user's raises there
             raise UnsupportedError(f"a plain value of type {kind.__name__} cannot be compared by content") from None
         return (kind, value)
+
+
+def _slots_of(value: Any, kind: type) -> dict[str, Any]:
+    """What an object without a ``__dict__`` holds, if it is told from others by its address alone."""
+    if any("__eq__" in vars(base) for base in kind.__mro__[:-1]):
+        return {}
+    names = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ())]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _of_modules_in(fn: types.FunctionType) -> list[Hashable]:
+    """The plain attributes that a function may read of modules that it knows of: it names them.
+
+    Those are no nodes of the call, unless they are arguments as well.
+    """
+    names = names_in(fn.__code__)
+    known = [*map(in_cell, fn.__closure__ or ()), *(fn.__defaults__ or ()), *map(fn.__globals__.get, names)]
+    todo = [value for value in known if isinstance(value, nn.Module)]
+    found: list[Hashable] = []
+    for module in todo:  # which grows
+        own = {name: module.__dict__[name] for name in names if name in module.__dict__}
+        found += [(name, _of_atom(value)) for name, value in own.items() if type(value) in SCALARS]
+        todo += [child for name in names if isinstance(child := module._modules.get(name), nn.Module)]
+    return found
 
 
 # Code ----------------------------------------------------------------------------------------------------------------
@@ -243,10 +271,17 @@ def _outline(value: Any, around: tuple[types.FunctionType, ...] = ()) -> Hashabl
     return of_value(value) if _is_plain(value) else type(value).__qualname__
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether all there is to ``value`` are plain values, in containers and in objects of the user's classes."""
+    if type(value) in ATOMS:
+        return True
     if isinstance(value, (list, tuple, dict)):
-        return len(value) <= LONG and all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return type(value) in ATOMS
+        inner = value.values() if isinstance(value, dict) else value
+    elif isinstance(value, nn.Module) or is_library(type(value).__module__) or not hasattr(value, "__dict__"):
+        return False
+    else:
+        inner = vars(value).values()
+    return depth < _DEEP and len(inner) <= LONG and all(_is_plain(item, depth + 1) for item in inner)
 
 
 def _names_read(values: list[Any]) -> _Names:

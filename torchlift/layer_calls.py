@@ -18,6 +18,11 @@ def call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
     return layer(x, *args, **kwargs)
 
 
+def carried_by(out: Any, spec: _tree.Spec) -> Any:
+    """What a layer that returned ``out`` carries on: all of it, if it is built as what it was given."""
+    return out[0] if isinstance(out, tuple) and out and _tree.flatten(out)[1] != spec else out
+
+
 class LayersCall:
     """One call of the layers."""
 
@@ -32,6 +37,8 @@ class LayersCall:
         """Why the layers must be called one by one in Python (None: they need not), and whether to warn of it."""
         if _compat.is_compiling() and self.packed[0].nested:
             return "inside another transform inside torch.compile", False
+        if _compat.is_compiling() and self.layers.compile_options is False:
+            return "compile=False", False
         if not _compat.is_compiling() and self.has_hooks:  # Dynamo is slow at it: there, _register looks for them
             return "a layer has hooks", False
         if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
@@ -75,7 +82,7 @@ class LayersCall:
     def call_one(self, packed: Packed, x: Any) -> tuple[Any, Any]:
         """What a layer returns, and what it carries on."""
         out = self._callable(packed)(x, *self.args, **self.kwargs)
-        return out, out[0] if isinstance(out, tuple) else out
+        return out, carried_by(out, self.carry_spec)
 
     def _callable(self, packed: Packed) -> Callable[..., Any]:
         """A layer, rematerialised if layers are: each by itself, whatever ``every`` and ``lengths`` say."""

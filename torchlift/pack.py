@@ -187,8 +187,9 @@ class Packed(Changeable):
             axes = self.context["axes"]
             surrounded = frames or context.captures or self.refused or context.refused or axes or context.axes
             inner = {"captures": (frame,) if frames else (), "axes": axes, "refused": self.refused}
+            fn = _compat.uncached(self.fn) if _compat.parametrizations_are_cached() else self.fn
             with entered(**inner) if surrounded else contextlib.nullcontext():
-                out = self.fn(shadows[0], *args, **kwargs)
+                out = fn(shadows[0], *args, **kwargs)
         except BaseException as error:  # also what ends a run so that another can start
             self._check_containers(held, shadows, error)
             if isinstance(error, RuntimeError):

@@ -37,8 +37,9 @@ def elements(value: Any) -> list[Any] | None:
         found = [value.__self__]
     elif isinstance(value, functools.partial):
         found = [value.func, *value.args, *value.keywords.values()]
-    elif type(value) is types.FunctionType and value.__closure__:
-        contents = [in_cell(cell) for cell in value.__closure__]
+    elif type(value) is types.FunctionType and (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
+        contents = [in_cell(cell) for cell in value.__closure__ or ()]
+        contents += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         found = [content if isinstance(content, _IN_CELLS) else None for content in contents]
     else:
         found = None
@@ -87,18 +88,18 @@ class Container:
 
 
 def _closed_over(fn: types.FunctionType, contents: Sequence[Any]) -> types.FunctionType:
-    """``fn`` with ``contents`` in its closure, but for those that are None."""
+    """``fn`` with ``contents`` in its closure, then among its defaults, but for those that are None."""
     if _compat.is_compiling():
         raise UnsupportedError(
-            f"{fn.__name__}: a function in a plain attribute that closes over a module or tensor, which compiled code "
-            "cannot bind anew; make it a method of the module, or a functools.partial"
+            f"{fn.__name__}: a function in a plain attribute that closes over a module or tensor, or has one as a "
+            "default, which compiled code cannot bind anew; make it a method of the module, or a functools.partial"
         )
-    cells = [
-        cell if content is None else types.CellType(content)
-        for cell, content in zip(fn.__closure__ or (), contents, strict=True)
-    ]
-    new = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, tuple(cells))
-    new.__kwdefaults__ = fn.__kwdefaults__
+    rest = iter(contents)
+    cells = [cell if (content := next(rest)) is None else types.CellType(content) for cell in fn.__closure__ or ()]
+    defaults = [old if (content := next(rest)) is None else content for old in fn.__defaults__ or ()]
+    by_name = {k: old if (content := next(rest)) is None else content for k, old in (fn.__kwdefaults__ or {}).items()}
+    new = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, tuple(defaults), tuple(cells))
+    new.__kwdefaults__ = by_name or None
     new.__dict__.update(fn.__dict__)
     return new
 

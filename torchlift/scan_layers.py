@@ -29,7 +29,7 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
-from torchlift.layer_calls import LayersCall, call_layer
+from torchlift.layer_calls import LayersCall, call_layer, carried_by
 from torchlift.scanned import Scanned, scanned_places
 from torchlift.stacking import listed
 from torchlift.transforms.compiling import Static, constant, fleshed, out_of_graph, register, skeleton, static_of, token
@@ -94,7 +94,8 @@ class ScanLayers(nn.ModuleList):
         """Runs the layers in order on ``x``; extra arguments go to every layer."""
         if not len(self):
             return x
-        if _compat.is_compiling() and (out := self._run_enrolled(x, args, kwargs)) is not None:
+        compiling = _compat.is_compiling() and self.compile_options is not False
+        if compiling and (out := self._run_enrolled(x, args, kwargs)) is not None:
             return out[0]
         call = _Call(self, x, args, kwargs)
         reason, unexpected = call.why_plain()
@@ -322,7 +323,7 @@ class _Call(LayersCall):
         out, update = first.pure(tensors, [*carry, *consts], own, places)
         leaves, spec = _tree.flatten(out)  # of a tuple, those of its first element come first
         count = len(self.carry)
-        if _tree.flatten(out[0] if isinstance(out, tuple) and out else out)[1] != self.carry_spec:
+        if _tree.flatten(carried_by(out, self.carry_spec))[1] != self.carry_spec:
             raise CarryError(f"{self.layers.label}: a layer returned another structure than it was given")
         sown, sown_spec = _tree.flatten(update.sown)
         changed = update.changed if first.nested else [value.detach() for value in update.changed]
@@ -383,7 +384,8 @@ def scan_layers(
 
     The result *is* a ``ModuleList`` with the given layers in it: the same ``state_dict`` keys, the same parameters for
     optimizers, hooks and sharding. Its ``forward(x, *args, **kwargs)`` calls them in order; extra arguments go to every
-    layer. A layer that returns a tuple carries its first element on, and the whole returns what the last one returned.
+    layer. A layer that returns a tuple carries its first element on, or all of it if it is built as what the layer was
+    given, and the whole returns what the last one returned.
 
     Args:
         layers: modules that differ in the values of their tensors and in nothing else.

@@ -6,6 +6,7 @@ The engine knows pytrees of tensors and nothing of modules. A :class:`Body` is o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -172,7 +173,8 @@ def empty_ys(body: Body, consts: Tree, carry: Tree, xs: Xs) -> Xs:
     if not isinstance(xs, Stacked):
         return []
     x = pytree.tree_map_only(torch.Tensor, lambda t: t.new_zeros(t.shape[1:]), xs.tree)
-    _, y = _compat.run_on_fakes(body.fn, consts, carry, x)
+    # Dynamo's tensors are fakes already, and its graph drops what nobody uses.
+    _, y = (body.fn if _compat.is_compiling() else functools.partial(_compat.run_on_fakes, body.fn))(consts, carry, x)
     return Stacked(pytree.tree_map_only(torch.Tensor, lambda t: _new_empty(t), y))
 
 

@@ -15,6 +15,7 @@ from torchlift.changes import Meta
 from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import register_body
+from torchlift.nodes import INTERNALS, SCALARS
 from torchlift.variables import Variable
 
 # NOTE [Tokens]. In a captured graph, and as a constant that Dynamo takes, a string stands for what is static about the
@@ -60,6 +61,29 @@ def skeleton(tree: Any) -> Any:
 def fleshed(tree: Any) -> Any:
     """The tree of a skeleton, with a tensor of no consequence for each mark."""
     return _tree.map_leaves(lambda leaf: torch.empty(()) if isinstance(leaf, str) and leaf == _TENSOR else leaf, tree)
+
+
+def settings(modules: Sequence[nn.Module]) -> tuple[bool | str, ...]:
+    """The flags and words among the attributes of modules, and of objects that these hold.
+
+    Dynamo traces anew for what it has read while it traced: of flags and words that were only collected no more than
+    their type, of objects nothing.
+    """
+    found: list[bool | str] = []
+    todo: list[Any] = [vars(module) for module in modules]
+    seen: list[Any] = []
+    while todo:
+        for key, value in todo.pop().items():
+            if key in INTERNALS:
+                continue
+            if type(value) in (bool, str):
+                found.append(value)
+            elif type(value) in SCALARS or isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+                continue
+            elif hasattr(value, "__dict__") and not any(value is other for other in seen):
+                seen.append(value)
+                todo.append(vars(value))
+    return tuple(found)
 
 
 def register(

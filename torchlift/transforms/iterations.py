@@ -30,7 +30,7 @@ from torchlift.errors import (
 )
 from torchlift.groups import Groups, Role
 from torchlift.pack import Packed
-from torchlift.transforms.compiling import constant, static_of, token
+from torchlift.transforms.compiling import constant, settings, static_of, token
 from torchlift.transforms.options import check_axes
 from torchlift.transforms.profiling import names_of
 from torchlift.variables import ATTRIBUTE
@@ -219,7 +219,7 @@ class Iterations:
     # Loop ------------------------------------------------------------------------------------------------------------
 
     def loop(
-        self, register: Callable[[tuple[bool, ...]], str], *, compile: Any, **options: Any
+        self, register: Callable[[tuple[bool | str, ...]], str], *, compile: Any, **options: Any
     ) -> tuple[Any, Any] | None:
         """Runs the loop and publishes its state; the carry as the user's tree, and the engine's ys.
 
@@ -245,9 +245,9 @@ class Iterations:
             if not _compat.is_compiling():
                 warn_plain(self.label, reason)
         if _compat.is_compiling():
-            # What is not read while Dynamo traces is no reason for it to trace anew.
-            modes = tuple([node.module.training for node in packed.nodes])
-            known = "" if compile is False or packed.nested or length == 0 else register(modes)
+            known = ""
+            if compile is not False and not packed.nested and length:
+                known = register(settings([node.module for node in packed.nodes]))
             if known:
                 refused = dict(packed.refused).get(rng.DROPOUT)
                 out, ys = opaque_run(

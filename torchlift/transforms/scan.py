@@ -86,8 +86,8 @@ class _Scan(_Loop):
             raise TransformTargetError(f"{label}: got no carry, expected a call (carry, *xs), with None for no carry")
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         done = iterations.loop(
-            lambda modes: _register(
-                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None, modes
+            lambda settled: _register(
+                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None, settled
             ),
             reverse=self.reverse, unroll=self.unroll, compile=self.compile,
         )  # fmt: skip
@@ -135,8 +135,8 @@ class _Remat_scan(_Loop):
             )
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         done = iterations.loop(
-            lambda modes: _register(
-                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy, modes
+            lambda settled: _register(
+                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy, settled
             ),
             remat=self.policy or True, lengths=self.lengths, compile=self.compile,
         )  # fmt: skip
@@ -179,7 +179,7 @@ def _meant(value: Any) -> Any:
 @torch.compiler.assume_constant_result
 def _register(
     cls: type[Any], settings: dict[str, Any], fn: Any, module: nn.Module, args: Any, kwargs: Any, label: str,
-    inside: Any, policy: Any, modes: tuple[bool, ...],
+    inside: Any, policy: Any, settled: tuple[bool | str, ...],
 ) -> str:  # fmt: skip
     """Called while Dynamo traces, with the real module: the key of the loop's body in a graph around it.
 
