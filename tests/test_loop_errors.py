@@ -70,3 +70,10 @@ def test_iterations_may_change_different_variables() -> None:
     scan = torchlift.scan(lambda m, c, x: m(c, x), variable_axes={True: 0}, compile=False)
     scan(stack, torch.ones(2), xs)
     assert stack.a.tolist() == [0.0, 1.0, 1.0] and stack.b.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
+def test_a_carry_of_another_structure_is_called_the_same_compiled(compile: Any) -> None:
+    scan = torchlift.scan(lambda m, c, x: (c["a"], x), compile=compile)
+    with pytest.raises(torchlift.CarryError, match=r"structure: got Tensor with leaves \[''\], expected dict"):
+        scan(nn.Identity(), {"a": torch.zeros(2)}, xs)

@@ -151,3 +151,17 @@ def test_methods(methods):
     )
     with pytest.raises(TransformTargetError, match=match):
         torchlift.vmap(Several, methods=methods)
+
+
+def test_flags_and_names():
+    with pytest.raises(OptionError, match="scan: reverse is 'no', expected True or False"):
+        torchlift.scan(step, reverse="no")
+    for name in ("init", "mutable"):
+        with pytest.raises(OptionError, match=f"map_variables: {name} is 1, expected True or False"):
+            torchlift.map_variables(nn.Linear, "params", **{name: 1})
+    for name in ("trans_in_fn", "trans_out_fn"):
+        with pytest.raises(OptionError, match=rf"map_variables: {name} is 3, expected a function of"):
+            torchlift.map_variables(nn.Linear, "params", **{name: 3})
+    for name in ("axis_name", "spmd_axis_name"):
+        with pytest.raises(OptionError, match=f"vmap: {name} is 3, expected a str"):
+            torchlift.vmap(nn.Linear, **{name: 3})

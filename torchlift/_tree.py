@@ -111,6 +111,11 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     return unflatten([fn(leaf) for leaf in leaves], spec)
 
 
+def kind(tree: Any) -> str:
+    """What errors call the top of a tree; a tensor by one name, also where a capture has a fake in its place."""
+    return "Tensor" if isinstance(tree, Tensor) else type(tree).__name__
+
+
 def paths(tree: Any) -> list[str]:
     """A readable path for each leaf of ``tree``, in the order of :func:`flatten`."""
     found: list[str] = []

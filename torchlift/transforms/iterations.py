@@ -129,8 +129,8 @@ class Iterations:
         if spec != self.carry_spec:
             got, expected = _tree.paths(out[0]), _tree.paths(self.carry_tree)
             raise CarryError(
-                f"{self.label}: the carry changed its structure: got {type(out[0]).__name__} with leaves {got}, "
-                f"expected {type(self.carry_tree).__name__} with leaves {expected}, as in the carry that went in"
+                f"{self.label}: the carry changed its structure: got {_tree.kind(out[0])} with leaves {got}, "
+                f"expected {_tree.kind(self.carry_tree)} with leaves {expected}, as in the carry that went in"
             )
         leaves = [_as_tensor(leaf, self.device) for leaf in leaves]
         if not all(_fits(new, old) for new, old in zip(leaves, given, strict=True)):

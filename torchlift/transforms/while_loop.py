@@ -102,8 +102,8 @@ class _While:
         leaves, spec = _tree.flatten(out)
         if spec != self.spec:
             raise CarryError(
-                f"{self.label}: body_fn returned {type(out).__name__} with leaves {_tree.paths(out)}, expected "
-                f"{type(self.init).__name__} with leaves {_tree.paths(self.init)}, as in init"
+                f"{self.label}: body_fn returned {_tree.kind(out)} with leaves {_tree.paths(out)}, expected "
+                f"{_tree.kind(self.init)} with leaves {_tree.paths(self.init)}, as in init"
             )
         leaves = [as_tensor(leaf, self.body.device) for leaf in leaves]
         kinds = iter(self.expected[len(self.state_at) :])
