@@ -46,8 +46,9 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
     contents = tuple([of_class(cls) for cls in classes if not is_library(cls.__module__)])
-    # A method of torch's own that was replaced.
-    contents += tuple([_outline(cls.forward) for cls in classes if not is_library(cls.forward.__module__)])
+    # Of a class of torch's own a method that was replaced.
+    known = [cls.forward for cls in classes if is_library(cls.__module__)]
+    contents += tuple([_outline(forward) for forward in known if not is_library(getattr(forward, "__module__", None))])
     axes = tuple((axis.name, axis.size, axis.group) for axis in packed.context["axes"])
     return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures, axes)
 
@@ -277,7 +278,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         return True
     if isinstance(value, (list, tuple, dict)):
         inner = value.values() if isinstance(value, dict) else value
-    elif isinstance(value, nn.Module) or is_library(type(value).__module__) or not hasattr(value, "__dict__"):
+    elif isinstance(value, (nn.Module, type)) or is_library(type(value).__module__) or not hasattr(value, "__dict__"):
         return False
     else:
         inner = vars(value).values()

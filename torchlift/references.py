@@ -40,7 +40,8 @@ def elements(value: Any) -> list[Any] | None:
     elif type(value) is types.FunctionType and (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
         contents = [in_cell(cell) for cell in value.__closure__ or ()]
         contents += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        found = [content if isinstance(content, _IN_CELLS) else None for content in contents]
+        held = [content if isinstance(content, _IN_CELLS) else None for content in contents]
+        found = held if any(content is not None for content in held) else None
     else:
         found = None
     return found
