@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import torchlift
-from torchlift import TorchliftCompileWarning
+from torchlift import TorchliftCompileWarning, _compat
 
 
 class Branch(nn.Linear):
@@ -92,3 +92,44 @@ def test_layers_that_change_state_run_once_in_a_graph_that_is_not_compiled_any_f
         found.append((call(x), torch.get_rng_state()))
     torch.testing.assert_close(*found)
     assert all(layer[0].num_batches_tracked == 2 for layer in layers)
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x).relu()
+
+
+def applied():
+    net = nn.Sequential(*[Broken() for _ in range(3)])
+    return net, lambda x: torchlift.apply(net, {}, x)
+
+
+def lifted(transform, *args, **kwargs):
+    net = transform(nn.Sequential, *args, **kwargs)(*[Broken() for _ in range(3)])
+    return net, net
+
+
+BODIES = {
+    "apply": applied,
+    "remat": lambda: lifted(torchlift.remat),
+    "map_variables": lambda: lifted(torchlift.map_variables, "params"),
+    "vmap": lambda: lifted(torchlift.vmap, {"params": None}, axis_size=2),
+}
+
+
+@pytest.mark.skipif(not _compat.TRACES_MODULES, reason=_compat.NOT_TRACED)
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_that_breaks_a_graph_is_not_followed_by_our_own_functions(name):
+    """There were a hundred: Dynamo compiled each for each module, until its limit."""
+    net, call = BODIES[name]()
+    compiled = torch.compile(call, backend="eager")
+    x = torch.randn(2, 4)
+    counters.clear()
+    torch.testing.assert_close(compiled(x), call(x))
+    assert counters["frames"]["total"] <= 20

@@ -96,6 +96,44 @@ def outside_of_graphs(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn if TRACES_MODULES else torch.compiler.disable(fn, reason=NOT_TRACED)
 
 
+# NOTE [Broken graphs]. Where a graph breaks in a user's body, Dynamo goes on in Python, and compiles by itself every
+# function that is called from there: ours too, once for each module that they see, until its limit. So it is told to
+# leave them alone where it does not meet them in a trace. What a user calls is as it was, and what runs loops, which
+# leaves the trace by itself.
+_MET = ("engine", "lifting", "scan_layers", "layer_calls", "enrolling", "transforms")
+_INNER = ("torchlift.transforms.vmap", "torchlift.transforms.map_variables")
+
+
+def leave_to_python() -> None:
+    """While Dynamo traces: has it compile none of the package's inner functions by themselves."""
+    if not _left:
+        public = sys.modules["torchlift"].__all__
+        others = tuple(f"torchlift.{name}" for name in _MET)
+        names = [name for name in sys.modules if name.startswith("torchlift.") and not name.startswith(others)]
+        for module in map(sys.modules.__getitem__, [*names, *_INNER]):
+            values = [value for name, value in vars(module).items() if name not in public]
+            own = [value for value in values if getattr(value, "__module__", None) == module.__name__]
+            _leave([*own, *(member for value in own if isinstance(value, type) for member in vars(value).values())])
+        _left.append(True)
+
+
+leave_to_python._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
+_left: list[bool] = []
+
+
+def _leave(functions: list[Any]) -> None:
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+    strategy = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
+    for function in functions:
+        code = getattr(getattr(function, "fget", function), "__code__", None)
+        codes = [] if code is None else [code]
+        for code in codes:  # which grows: functions in functions
+            set_code_exec_strategy(code, strategy)
+            codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+
+
 NormBase = torch.nn.modules.batchnorm._NormBase
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 

@@ -62,12 +62,15 @@ class Packed(Changeable):
     def __init__(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
     ):
+        compiling = _compat.is_compiling()
+        if compiling:
+            _compat.leave_to_python()
         super().__init__(module, args, kwargs, label)
         self.fn, self.inside = fn, inside
         self.nested = AT in module.__dict__  # bound in an outer body: state is published there with its graph
-        self.transformed = not self.nested and not _compat.is_compiling() and _compat.functorch_active()
+        self.transformed = not self.nested and not compiling and _compat.functorch_active()
         # A graph recomputes no body in Python, so there a mesh is found where it is entered.
-        axes = context.axes if _compat.is_compiling() else around()
+        axes = context.axes if compiling else around()
         self.context: dict[str, tuple[Any, ...]] = {"captures": context.captures, "axes": axes}
         self.refused: tuple[tuple[str, str], ...] = context.refused
         self._writable = [False] * len(self.entries)
