@@ -11,7 +11,7 @@ from torch import nn
 from torchlift import _compat, _tree, fingerprint
 from torchlift.enrolling import shared_buffers
 from torchlift.pack import Packed
-from torchlift.transforms.remat import remat
+from torchlift.transforms.remat import remat, runs_once
 
 
 def call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -32,6 +32,7 @@ class LayersCall:
         first.allow(lambda collection: True, str)
         self.packed = [first, *(first.beside(layer) for layer in list(layers)[1:])]
         self.carry, self.carry_spec = _tree.flatten(x)
+        self.remat = layers.options()["remat"]
 
     def why_plain(self) -> tuple[str | None, bool]:
         """Why the layers must be called one by one in Python (None: they need not), and whether to warn of it."""
@@ -59,6 +60,8 @@ class LayersCall:
 
     def plain(self) -> Any:
         """The definition."""
+        if self.remat is not None and runs_once(self.packed[0], self.layers.label):
+            self.remat = None
         return self.undone_if_raised(self._in_order)
 
     def undone_if_raised(self, run: Callable[[], Any]) -> Any:
@@ -87,10 +90,9 @@ class LayersCall:
     def _callable(self, packed: Packed) -> Callable[..., Any]:
         """A layer, rematerialised if layers are: each by itself, whatever ``every`` and ``lengths`` say."""
         layer = packed.nodes[0].module
-        how = self.layers.options()["remat"]
-        if how is None:
+        if self.remat is None:
             return layer
-        policy = None if how is True else how
+        policy = None if self.remat is True else self.remat
         if _compat.is_compiling() or not packed.has_hooks(skip_root=False):
             return functools.partial(remat(call_layer, policy=policy), layer)
         # Its own hooks run around, once: those of FSDP gather the parameters that the rest then sees.

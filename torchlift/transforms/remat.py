@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from torchlift import _compat, _tree, rng
+from torchlift import _compat, _tree, fingerprint, rng
 from torchlift._context import context, entered
 from torchlift.changes import Meta, Update
 from torchlift.engine.remat import checkpointed, is_recomputing
+from torchlift.errors import TorchliftWarning, warn
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
@@ -51,11 +53,29 @@ class _Remat(Transform):
         # Dynamo lets the body of a checkpoint change nothing around it: while someone captures what is sown, compiled
         # code keeps the intermediate values.
         captured = _compat.is_compiling() and context.captures
-        body = run if captured else checkpointed(run, self.policy, name=label)
+        once = captured or runs_once(packed, label)
+        body = run if once else checkpointed(run, self.policy, name=label)
         flat, static = body(packed.snapshot(), leaves)
         out, changed, sown = _tree.unflatten(flat, static.spec)
         packed.publish(Update(changed, sown, static.meta))
         return out
+
+
+def runs_once(packed: Packed, label: str) -> bool:
+    """Whether a recomputation would not be given what the body was given, with a warning if so.
+
+    An object with content of its own is no value: what the body put into it, keys and values into a cache, is there
+    when the body runs again.
+    """
+    found = [type(leaf).__name__ for leaf in packed.leaves if fingerprint.opaque([leaf]) is not None]
+    if found and torch.is_grad_enabled() and not _compat.is_compiling():
+        warn(
+            f"{label}: intermediate values are kept, not computed again, and no memory is saved: an argument is a "
+            f"{found[0]}, which a recomputation would find as the body left it; pass tensors and numbers, or a dict, "
+            "tuple or dataclass of them",
+            TorchliftWarning,
+        )
+    return len(found) > 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,8 @@ def checkpoint(
 
     The lifted counterpart of ``jax.checkpoint`` (and of ``flax.linen.remat``), also under the name ``remat``. Unlike
     ``torch.utils.checkpoint`` it works under ``torch.func.grad``, ``vjp`` and ``vmap``, and updates batch statistics
-    once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
+    once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy. A call with an
+    argument that is an object with content of its own, as a cache of keys and values, is not computed again.
 
     Args:
         target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as

@@ -26,6 +26,7 @@ from torchlift.transforms.options import (
     check_policy,
     check_size,
 )
+from torchlift.transforms.remat import runs_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +135,12 @@ class _Remat_scan(_Loop):
                 "(module, carry) -> carry"
             )
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
+        again = {} if runs_once(iterations.packed, label) else {"remat": self.policy or True, "lengths": self.lengths}
         done = iterations.loop(
             lambda settled: _register(
                 *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy, settled
             ),
-            remat=self.policy or True, lengths=self.lengths, compile=self.compile,
+            compile=self.compile, **again,
         )  # fmt: skip
         if done is None:
             return out_of_graph(self.call, fn, module, args, kwargs, label, inside)
