@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchlift import fingerprint
 from torchlift.errors import LayerMismatchError, UnsupportedError, likely
+from torchlift.nodes import ATOMS, STORES
 from torchlift.variables import class_of, own_tensors
 
 
@@ -63,3 +65,33 @@ def _unmatched(layers: Sequence[nn.Module], scanned: Sequence[str]) -> str:
     meant = {name: likely(name, sorted(names)) for name in scanned if name not in names}
     found = [f"{name!r}" + (f" (did you mean {close!r}?)" if close else "") for name, close in meant.items()]
     return f"; no layer has a plain attribute {' or '.join(found)}, which scanned_attributes= names" if found else ""
+
+
+def common_attribute(label: str, layers: Sequence[nn.Module], name: str) -> Any:
+    """The plain attribute of that name, which all layers have alike.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    found = [layer.__dict__[name] for layer in layers if name in layer.__dict__]
+    if found and len(found) == len(layers):
+        value = found[0]
+        alike = all(other is value or (type(value) in ATOMS and _equal(other, value)) for other in found)
+        if alike and not isinstance(value, (Tensor, nn.Module)):
+            return value
+    if any(_has(layer, name) for layer in layers):
+        raise AttributeError(
+            f"{label}: asked for {name!r}, an attribute of its layers, of which it has only those that are plain and "
+            f"alike in all layers; read it from a layer: layers[0].{name}"
+        )
+    raise AttributeError(f"{label}: neither it nor its layers have an attribute {name!r}")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has such an attribute, found without asking it: a property may compute."""
+    stores = (layer.__dict__, *[layer.__dict__[store] for store in (*STORES, "_modules")])
+    return any(name in store for store in stores) or hasattr(type(layer), name)

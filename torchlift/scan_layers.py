@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
-from torchlift.alike import check_alike
+from torchlift.alike import check_alike, common_attribute
 from torchlift.changes import Update
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.compiled import environment
@@ -75,6 +75,16 @@ class ScanLayers(nn.ModuleList):
             return super().__getitem__(index)
         some = ScanLayers((), **{**self.settings(), "lengths": None, "remat": self.remat or self.lengths is not None})
         return some.extend(list(self)[index])  # which agree already: models slice their layers in each forward
+
+    def __getattr__(self, name: str) -> Any:
+        """What a module has; besides, as it may stand for a layer, the plain attributes that all layers have alike.
+
+        No private ones: those mark what some library has done to a module.
+        """
+        own = () if name.startswith("_") else (self._parameters, self._buffers, self._modules)
+        if not own or not len(self) or any(name in store for store in own):
+            return super().__getattr__(name)
+        return common_attribute(self.label, list(self), name)
 
     def kind(self) -> str:
         """What its layers are."""
