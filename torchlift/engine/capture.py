@@ -80,9 +80,7 @@ class Graphs:
     bw_inputs: list[Any]
     outputs: int
     feeds: list[tuple[str, int]] = field(default_factory=list)
-    shared_grads: list[bool] = field(
-        default_factory=list
-    )  # per input: its gradient may share memory with another value
+    shared_grads: list[bool] = field(default_factory=list)  # per input: its gradient may be another value's memory
     recomputed: int = 0
     grads: list[bool] = field(default_factory=list)  # per input: whether it gets a gradient
     marks: list[tuple[str, int] | None] = field(default_factory=list)  # of the spans in the forward; see ``Recorder``
@@ -131,6 +129,24 @@ class _Spy(TorchDispatchMode):
                 raise CaptureError(f"the body writes into a tensor that is not among its inputs ({func})")
         return func(*args, **kwargs)
 
+    def leave_out_constants(self, again: _Spy) -> None:
+        """Takes out what the body made itself, by what another run found.
+
+        NOTE [Constants]. ``torch.tensor(2.0)`` in TorchScript makes a real tensor, unseen by any mode. In another run
+        it is another tensor, of the same value, while one from outside is the same. Those of this run are alive, so no
+        other has their addresses.
+        """
+        made = [t for at, t in self.found.items() if _may_be_constant(t) and at not in again.found]
+        anew = [t for at, t in again.found.items() if _may_be_constant(t) and at not in self.found]
+        apart = {t.untyped_storage()._cdata for t in made}.isdisjoint(t.untyped_storage()._cdata for t in anew)
+        if apart and [(t.dtype, t.item()) for t in made] == [(t.dtype, t.item()) for t in anew]:
+            for tensor in made:
+                del self.found[id(tensor)]
+
+
+def _may_be_constant(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
+
 
 def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and not _compat.is_fake(leaf)
@@ -177,25 +193,31 @@ def _quiet() -> Any:
 
 def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: bool) -> Probe:
     """Runs the iterations on ``fakes`` and reports."""
-    spy = _Spy()
-    with _quiet(), inline_remat(), mode, torch.set_grad_enabled(train):
-        # Clones, so that an in-place write into a leaf that requires grad is no error here.
-        inputs = [fake.clone() for fake in fakes]
-        versions = [t._version for t in inputs]
-        with spy:
-            carry, ys = fn(*inputs)
-    flat_carry, _ = split(carry)
-    flat_ys = [split(y) for y in ys]
-    outputs = flat_carry + [t for tensors, _ in flat_ys for t in tensors]
-    for out in outputs:
-        if not _compat.is_fake(out):
-            spy.found.setdefault(id(out), out)
+
+    def run() -> Any:
+        spy = _Spy()
+        with _quiet(), inline_remat(), mode, torch.set_grad_enabled(train):
+            # Clones, so that an in-place write into a leaf that requires grad is no error here.
+            inputs = [fake.clone() for fake in fakes]
+            versions = [t._version for t in inputs]
+            with spy:
+                carry, ys = fn(*inputs)
+        flat_ys = [split(y) for y in ys]
+        outputs = split(carry)[0] + [t for tensors, _ in flat_ys for t in tensors]
+        for out in outputs:
+            if not _compat.is_fake(out):
+                spy.found.setdefault(id(out), out)
+        return spy, inputs, versions, flat_ys, outputs
+
+    spy, inputs, versions, flat_ys, outputs = run()
+    if any(map(_may_be_constant, spy.found.values())):
+        spy.leave_out_constants(run()[0])
     return Probe(
         closures=list(spy.found.values()),
         mutated=[t._version != v for t, v in zip(inputs, versions)],
         aliased=_aliased(outputs, inputs),
         ys=tuple(template for _, template in flat_ys),
-        carries=len(flat_carry),
+        carries=len(outputs) - sum(len(tensors) for tensors, _ in flat_ys),
         outputs=outputs,
         random=spy.random,
     )
