@@ -20,6 +20,17 @@ class Branch(nn.Linear):
         return y.relu() if y.sum() > 0 else y - 1
 
 
+class Numbered(Branch):
+    """Attributes in which layers differ: one that is read and one that is not."""
+
+    def __init__(self, size, index):
+        super().__init__(size, size)
+        self.index, self.first = index, index == 0
+
+    def forward(self, x, *_):
+        return super().forward(x + 1 if self.first else x)
+
+
 class Cell(nn.Module):
     def __init__(self):
         super().__init__()
@@ -32,6 +43,9 @@ class Cell(nn.Module):
 
 LOOPS = {
     "scan_layers": lambda: torchlift.scan_layers([Branch(4, 4) for _ in range(5)]),
+    "numbered layers": lambda: torchlift.scan_layers(
+        [Numbered(4, index) for index in range(5)], scanned_attributes=["index", "first"]
+    ),
     "scan": lambda: torchlift.scan(Cell, variable_broadcast="params")(),
     "remat_scan": lambda: torchlift.remat_scan(Branch, lengths=(2, 2))(4, 4),
 }

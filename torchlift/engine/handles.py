@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,16 +122,16 @@ def prepare(
         raise CaptureError("length 0")
     if _compat.functorch_active():
         raise CaptureError("a torch.func transform is around it")
-    templates = {template for _, template in xs} if row is None else {row.template}
-    if len(templates) != 1:
-        raise CaptureError("iterations differ in structure")
+    template = xs[0][1] if row is None else row.template
     kinds = () if row is None else row.metas
     train = torch.is_grad_enabled() and any([t.requires_grad for t in tensors] + [meta[4] for meta in kinds])
     spec = Spec(
-        key, consts[1], carry[1], next(iter(templates)), length, stacked, options, Backend.of(compile), train,
+        key, consts[1], carry[1], template, length, stacked, options, Backend.of(compile), train,
         row is not None,
     )  # fmt: skip
     metas = (*(_meta(t, train) for t in tensors), *((*meta[:4], train and meta[4], meta[5]) for meta in kinds))
+    if any(other != template for _, other in xs):
+        raise CaptureError(_depends_on_values(body, spec, metas, nested) or "iterations differ in structure")
     known = (spec, metas, compiled.environment(body.key))
     found = _prepared.get(known)
     if found is None:
@@ -189,32 +189,48 @@ def _in_own_thread(make: Callable[[], Any], nested: bool) -> Any:
     return compiled.reason_of(result[0])
 
 
-def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Handle:
-    """Captures and compiles one iteration of ``spec`` and names it."""
-    blanks = [blank(meta) for meta in metas]
-    c, h, _ = spec.counts
-    shift = int(spec.stacked)
-    one = one_iteration(spec, blanks, None)
-    dims = [meta[5] for meta in metas[: c + h]]
-    dims += [frozenset(d - shift for d in meta[5] if d >= shift) for meta in metas[c + h :]][: spec.x.tensors]
+def _depends_on_values(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> str:
+    """Why no graph at all can hold the first iteration, which may be unlike the others; empty where one can."""
+    metas = metas[: sum(spec.counts)]
+
+    def run() -> str:
+        with suppress(TorchliftError):  # as the body will raise it where it runs
+            settle(_request(body, spec, metas, [blank(meta) for meta in metas]))
+        return ""
+
+    reason: str = _in_own_thread(run, nested)
+    return reason if compiled.ON_VALUES in reason else ""
+
+
+def _request(body: Body, spec: Spec, metas: Sequence[_Meta], blanks: Sequence[torch.Tensor]) -> Request:
+    """That of a program for one iteration of ``spec``."""
+    c, h, width = spec.counts
     flags = [meta[4] for meta in metas]
-    x_flags = flags[c + h :]
-    width = spec.x.tensors
-    row = metas[c + h :] if spec.enrolled else None
-    x_flags = [any(x_flags[i::width]) for i in range(width)]
-    settings = dict(spec.options)
-    pieces = pieces_of(settings["remat"] is True, settings["lengths"], settings["every"])
-    policy = None if settings["remat"] is True else settings["remat"]
-    request = Request(
+    x_flags = [any(flags[c + h :][i::width]) for i in range(width)]
+    policy = dict(spec.options)["remat"]
+    return Request(
         body,
         Signature(spec.consts, spec.carry, (spec.x,)),
-        one,
+        one_iteration(spec, blanks, None),
         tuple(flags[: c + h] + x_flags),
         spec.train,
         spec.backend,
-        policy,
+        None if policy is True else policy,
     )
-    request, seen = settle(request)
+
+
+def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Handle:
+    """Captures and compiles one iteration of ``spec`` and names it."""
+    blanks = [blank(meta) for meta in metas]
+    c, h, width = spec.counts
+    shift = int(spec.stacked)
+    dims = [meta[5] for meta in metas[: c + h]]
+    dims += [frozenset(d - shift for d in meta[5] if d >= shift) for meta in metas[c + h :]][: spec.x.tensors]
+    row = metas[c + h :] if spec.enrolled else None
+    settings = dict(spec.options)
+    pieces = pieces_of(settings["remat"] is True, settings["lengths"], settings["every"])
+    request, seen = settle(_request(body, spec, metas, blanks))
+    one = request.tensors
     if nested and seen.random:
         raise CaptureError("it draws, and its draws stand between those of the body around")
     if closures := seen.closures:
@@ -227,7 +243,7 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Han
         several = (spec.x,) * unroll
         request = Request(
             body, Signature(spec.consts, spec.carry, several), [*one[: c + h], *one[c + h :] * unroll],
-            request.flags[: c + h] + request.flags[c + h :] * unroll, spec.train, spec.backend, policy,
+            request.flags[: c + h] + request.flags[c + h :] * unroll, spec.train, spec.backend, request.policy,
         )  # fmt: skip
         dims = dims[: c + h] + dims[c + h :] * unroll
     else:
