@@ -55,6 +55,15 @@ class LayersCall:
         return any(packed.has_hooks(skip_root=False) for packed in self.packed)
 
     @property
+    def gathers(self) -> bool:
+        """Whether layers that are run again have hooks of FSDP, which gather the parameters.
+
+        Dynamo passes over those hooks, and what remat then binds are the shards.
+        """
+        modules = [node.module for packed in self.packed for node in packed.nodes] if self.remat is not None else []
+        return any(base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__)
+
+    @property
     def shared(self) -> frozenset[int]:
         return shared_buffers(self.packed)
 

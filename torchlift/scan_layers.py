@@ -201,7 +201,7 @@ class _Call(LayersCall):
                 trees = (skeleton(self.x), skeleton(self.args), skeleton(self.kwargs))
                 key = _register(layers.settings(), _compat.wrote(sees_attributes, *layers), *trees, *layers)
                 if not key:
-                    return (self.plain(),)
+                    return None if self.gathers else (self.plain(),)
                 xs = self.xs()
                 carry, found = opaque_run(
                     key, consts, self.carry, xs, len(xs), compile=layers.compile_options,

@@ -95,8 +95,9 @@ def register(
 
 
 @torch.compiler.disable(
-    reason="torchlift: what a loop does depends on the values of a tensor, so no graph can hold it; outside of "
-    "fullgraph=True it runs between two graphs, with a warning that names the line"
+    reason="torchlift: no graph can hold this loop: what it does depends on the values of a tensor, or FSDP gathers "
+    "parameters of layers that are run again; outside of fullgraph=True it runs between two graphs, in the first case "
+    "with a warning that names the line"
 )
 def out_of_graph(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``fn(*args, **kwargs)`` in Python, where Dynamo would break the graph in the midst of this package."""
