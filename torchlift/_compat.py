@@ -455,10 +455,7 @@ def functorch_level(tensor: torch.Tensor) -> int:
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often ``tensor`` was written in place.
-
-    The wrappers that vmap makes do not count; what they wrap does.
-    """
+    """How often ``tensor`` was written in place: not a wrapper that vmap makes, but what it wraps."""
     return versions([tensor])[0]
 
 
@@ -724,6 +721,12 @@ def mapped_levels(tensor: torch.Tensor) -> list[int]:
             levels.append(torch._C._functorch.maybe_get_level(tensor))
         tensor = unwrapped_once(tensor)
     return levels
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether any ``vmap`` maps ``tensor``. That of ``is_grads_batched`` is another than that of ``torch.func``."""
+    old = torch._C._dispatch_key_parse("Batched")
+    return torch._C._dispatch_keys(tensor).has(old) or len(mapped_levels(tensor)) > 0
 
 
 def mapped_axes(tensor: torch.Tensor) -> list[MappedAxis]:

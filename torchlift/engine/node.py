@@ -411,7 +411,8 @@ class Loop(torch.autograd.Function):
         plan, needed = ctx.plan, ctx.needs_input_grad[2:]
         saved = list(ctx.saved_tensors)
         tensors = saved[: ctx.inputs]
-        if torch.is_grad_enabled():
+        # No compiled graph can be given gradients of which each is many (``is_grads_batched``).
+        if torch.is_grad_enabled() or any(g is not None and _compat.is_batched(g) for g in grads):
             return None, None, *_differentiable_backward(plan, tensors, ctx.start, needed, grads)
         if plan.single:
             values = saved[ctx.inputs :]
@@ -429,20 +430,20 @@ class Loop(torch.autograd.Function):
 def _differentiable_backward(
     plan: Plan, tensors: Sequence[torch.Tensor], start: States | None, needed: Sequence[bool], grads: Sequence[Any]
 ) -> list[torch.Tensor | None]:
-    """Double backward: gradients through the plain loop, which autograd can differentiate again.
-
-    Views stand for the inputs, so that an input that was computed from another one is not counted twice.
-    """
-    views = [t.view_as(t) if flag else t for t, flag in zip(tensors, needed)]
+    """Gradients through the plain loop, which autograd can differentiate again, and for many outputs at a time."""
+    again = torch.is_grad_enabled()
     before = read_states(plan.devices)
     if start is not None:
         write_states(start)
-    outs = plan.plain(*views)
+    with torch.enable_grad():
+        # So that an input that was computed from another one is not counted twice.
+        views = [t.view_as(t) if flag else t for t, flag in zip(tensors, needed)]
+        outs = plan.plain(*views)
     write_states(before)
     roots = [(out, g) for out, g in zip(outs, grads) if g is not None and out.requires_grad]
     wanted = [v for v, flag in zip(views, needed) if flag]
     found = torch.autograd.grad(
-        [out for out, _ in roots], wanted, [g for _, g in roots], create_graph=True, allow_unused=True
+        [out for out, _ in roots], wanted, [g for _, g in roots], create_graph=again, allow_unused=True
     )
     parts = iter(found)
     return [next(parts) if flag else None for flag in needed]
