@@ -131,3 +131,64 @@ def test_an_instance_of_a_lifted_class_runs_inside_another_transform_in_compiled
     module, x = nn.Sequential(inner(Layer)(SIZE, SIZE)), torch.randn(SIZE, SIZE, SIZE, requires_grad=True)
     compiled = torch.compile(INSIDE[outer], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(module, x), INSIDE[outer](module, x), rtol=1e-12, atol=1e-12)
+
+
+class Methods(nn.Module):
+    """A module whose decorated methods are lifted each by itself."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.linear, self.name = nn.Linear(SIZE, SIZE), name
+
+    @torchlift.remat
+    def remat(self, x):
+        return self.linear(x).sin()
+
+    @torchlift.jit(backend="aot_eager")
+    def jit(self, x):
+        return self.linear(x).sin()
+
+    @torchlift.map_variables
+    def map_variables(self, x):
+        return self.linear(x).sin()
+
+    @torchlift.vmap
+    def vmap(self, x):
+        return self.linear(x).sin()
+
+    @torchlift.remat_scan(lengths=(2,), variable_broadcast=True, variable_axes={}, compile=AOT)
+    def remat_scan(self, x):
+        return self.linear(x).sin()
+
+    @scan(length=2, compile=AOT)
+    def loop(self, x):
+        return self.linear(x).sin(), None
+
+    def scan(self, x):
+        return self.loop(x)[0]
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+METHODS = ["remat", "jit", "map_variables", "vmap", "remat_scan", "scan"]
+AROUND = {
+    **INSIDE,
+    "grad": lambda m, x: torchlift.grad(lambda m, x: m(x).sum(), m, x)[0],
+    "cond": lambda m, x: torchlift.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: x, m, x),
+    "map_variables": lambda m, x: torchlift.map_variables(lambda m, x: m(x))(m, x),
+    "plain scan": lambda m, x: scan(lambda m, c: (m(c), None), length=2, compile=False)(m, x)[0],
+}
+
+
+PAIRS = [*(("remat", outer) for outer in AROUND), *((inner, "apply") for inner in METHODS if inner != "remat")]
+
+
+@pytest.mark.parametrize(("inner", "outer"), PAIRS)
+def test_a_decorated_method_runs_inside_another_transform_in_compiled_code(inner, outer):
+    module, x = nn.Sequential(Methods(inner)), torch.rand(SIZE, SIZE, SIZE)
+    expected = AROUND[outer](module, x)
+    compiled = torch.compile(AROUND[outer], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(module, x), expected, rtol=1e-12, atol=1e-12)
+    lifted = torchlift.jit(AROUND[outer], backend="aot_eager")
+    torch.testing.assert_close(lifted(module, x), expected, rtol=1e-12, atol=1e-12)

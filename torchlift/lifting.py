@@ -110,6 +110,7 @@ def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[
 
     label = transform.label(target)
     look = _lookout(transform, label)
+    found = _found_by_name(transform)
     # Dynamo knows no __dict__ of a partial; there is hardly ever anything in it.
     updated = () if isinstance(target, functools.partial) else functools.WRAPPER_UPDATES
 
@@ -120,12 +121,35 @@ def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[
                 f"{label}: the first argument is a {type(module).__name__}, expected an nn.Module: "
                 "a lifted function has the module as its first argument"
             )
-        out = transform.call(target, module, args, kwargs, label)
+        out = found().call(target, module, args, kwargs, label)
         if not _compat.is_compiling():
             look(module, args, kwargs)
         return out
 
     return lifted_function
+
+
+# NOTE [Found by name]. Dynamo wraps what it finds in a global, but not what a function has in a closure that it met on
+# a bound module, which it made itself. So it gets there by a name, which is an attribute of a function, where it tells
+# no fingerprint from another: what counts there is what the transform is.
+# Those that are gone are dropped when the next one is made: not whenever the garbage collector likes, since Dynamo may
+# be walking the dict.
+_transforms: dict[str, weakref.ref[Transform]] = {}
+_gone: list[str] = []
+_numbers = itertools.count()
+
+
+def _found_by_name(transform: Transform) -> Callable[[], Any]:
+    """A function that returns ``transform``, which lives as long as it does, also in code that Dynamo traces."""
+    held = lambda: transform
+    if _compat.is_compiling():  # it was made in that code
+        return held
+    while _gone:
+        _transforms.pop(_gone.pop())
+    held.__name__ = name = str(next(_numbers))
+    _transforms[name] = weakref.ref(transform)
+    weakref.finalize(transform, _gone.append, name)
+    return lambda: _transforms[held.__name__]()
 
 
 def _lookout(transform: Transform, label: str) -> Callable[..., None]:
@@ -206,24 +230,11 @@ def _normalise(
     return found
 
 
-# NOTE [Found by name]. Dynamo wraps what it finds in a global, but not what the method of a bound module, which it made
-# itself, has in a closure.
-# Those of classes that are gone are dropped when the next class is made: not whenever the garbage collector likes,
-# since Dynamo may be walking the dict.
-_transforms: dict[str, Transform] = {}
-_gone: list[str] = []
-_numbers = itertools.count()
-
-
 def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> Callable[..., Any]:
     fn = inspect.getattr_static(base, method)
     label = transform.label(base)
     look = _lookout(transform, label)
-    name = str(next(_numbers))
-    while _gone:
-        _transforms.pop(_gone.pop())
-    _transforms[name] = transform
-    weakref.finalize(cls, _gone.append, name)
+    found = _found_by_name(transform)
 
     @functools.wraps(fn)
     def lifted(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +242,7 @@ def _lifted_method(transform: Transform, cls: type, base: type, method: str) -> 
         # overrides hold; marked, its lifted methods are the plain ones there, or they would lift themselves forever.
         if cls in self.__dict__.get(INSIDE, ()):
             return fn(self, *args, **kwargs)
-        out = _transforms[name].call(fn, self, args, kwargs, label, cls)
+        out = found().call(fn, self, args, kwargs, label, cls)
         if not _compat.is_compiling():
             look(self, args, kwargs)
         return out
