@@ -105,6 +105,14 @@ def test_a_body_without_ys_is_compiled_alone_and_in_a_graph(backend):
     assert last_report().path == "compiled"
 
 
+def test_no_ys_are_returned_from_what_is_compiled():
+    stack = scan(lambda m, c: (m(c), None), length=3, compile=AOT)
+    module, x = Layer(SIZE, SIZE), torch.randn(2, SIZE)
+    carry, ys = torchlift.jit(lambda m, x: stack(m, x), backend="aot_eager")(module, x)
+    assert ys is None
+    torch.testing.assert_close(carry, thrice(module, x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_draw_that_is_refused_is_refused_when_the_graph_is_traced():
     module, x = nn.Dropout(), torch.ones(4)
     run = scan(lambda m, c: (m(c), None), length=3, compile=AOT)

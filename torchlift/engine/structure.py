@@ -50,7 +50,8 @@ def decode(structure: Any, leaves: Iterator[Any]) -> Any:
     if kind == "leaf":
         return next(leaves)
     if kind == "value":
-        return what
+        # Dynamo cannot flatten a None that is part of what it takes for a constant.
+        return None if what is None else what
     children = [decode(part, leaves) for part in parts]
     if kind == "dict":
         return dict(zip(what, children))
