@@ -20,7 +20,7 @@ from torchlift.errors import (
     UnsupportedError,
 )
 from torchlift.groups import Groups
-from torchlift.variables import AT, UninitializedTensor, class_of, collection_of, own_tensors
+from torchlift.variables import AT, WRAPPED, UninitializedTensor, class_of, collection_of, own_tensors
 
 PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
 
@@ -96,7 +96,7 @@ def listed(label: str, modules: Any) -> list[nn.Module]:
         if not isinstance(module, nn.Module):
             got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
             raise TransformTargetError(f"{label}: module {index} is {got}, expected an nn.Module")
-        if "_orig_mod" in module._modules:
+        if WRAPPED in module._modules:
             raise TransformTargetError(
                 f"{label}: module {index} is what torch.compile returned, expected the module that it was given; loops "
                 "are compiled anyway, and what lifts can be given to torch.compile"

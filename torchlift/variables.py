@@ -21,6 +21,8 @@ COLLECTIONS = "_torchlift_collections"  # in a module's __dict__: {buffer name: 
 AT = "_torchlift_at"
 ATTRIBUTE = "attribute"  # the store, and the collection, of a tensor that is kept in a plain attribute
 
+WRAPPED = "_orig_mod"  # what a module that torch.compile returned calls the one that it was given
+
 
 def outer_place(module: nn.Module) -> tuple[int, str, nn.Module]:
     """Of a bound module: the number of a root of the outermost body, the path from it, and that root, a real module."""
@@ -267,7 +269,9 @@ class Capture:
     def __init__(self, filter: Any):  # a Filter, or anything else that names can be asked to be in
         self.filter = filter
         self.sown: dict[Site, tuple[Any, ...]] = {}
-        self.stack: list[nn.Module] = []  # modules that are being called, outermost first; only capture() fills it
+        # Only capture() sets these: how many modules are being called, and where those in the outermost lie.
+        self.depth = 0
+        self.located: list[tuple[str, nn.Module]] = []
         self.store: dict[str, dict[str, tuple[Any, ...]]] = {}
 
     def add(self, module: nn.Module, collection: str, name: str, value: Any, path: str = "") -> None:
@@ -279,10 +283,18 @@ class Capture:
     def _locate(self, module: nn.Module) -> tuple[int, str] | None:
         if AT in module.__dict__:
             return module.__dict__[AT][:2]
-        for path, candidate in self.stack[0].named_modules() if self.stack else ():
+        for path, candidate in self.located if self.depth else ():
             if candidate is module:
                 return 0, path
         return None
+
+    def enter(self, module: nn.Module) -> None:
+        """NOTE [Wrapped]. What torch.compile returned is a module around the one it was given: it has no part in names,
+        and Dynamo, tracing the one inside, cannot look at it."""
+        if self.depth == 0:
+            places = [place for place in module.named_modules() if WRAPPED not in place[1]._modules]
+            self.located = [(".".join([n for n in path.split(".") if n != WRAPPED]), m) for path, m in places]
+        self.depth += 1
 
 
 def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
@@ -346,11 +358,11 @@ def capture(*collections: str) -> Iterator[dict[str, dict[str, tuple[Any, ...]]]
 
     def enter(module: nn.Module, args: Any) -> None:
         if frame in context.captures:  # hooks are global: another thread's modules are none of ours
-            frame.stack.append(module)
+            frame.enter(module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if frame in context.captures and frame.stack:
-            frame.stack.pop()
+        if frame in context.captures and frame.depth:
+            frame.depth -= 1
 
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),

@@ -1,0 +1,57 @@
+"""What is sown in code that torch.compile traces, and how it is named and laid out."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchlift
+from torchlift import capture, sow
+
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:Using `torch.compile")]
+
+
+class Sower(nn.Linear):
+    def forward(self, x):
+        sow(self, "intermediates", "x", x)
+        sow(self, "squares", "x", x * x)
+        return super().forward(x).tanh()
+
+
+LIFTED = {
+    "plain": Sower,
+    "remat": torchlift.remat(Sower),
+    "vmap": torchlift.vmap(Sower, {"params": 0}, axis_size=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+
+
+def captured(run, x, *collections):
+    with capture(*collections) as store:
+        run(x)
+    return store
+
+
+def same(got, expected):
+    assert {c: list(names) for c, names in got.items()} == {c: list(names) for c, names in expected.items()}
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", LIFTED)
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_compiled_module_sows_under_its_own_names(kind, warm):
+    module, x = nn.Sequential(LIFTED[kind](3, 3)), torch.randn(2, 3)
+    compiled = torch.compile(module, backend="aot_eager")
+    if warm:
+        compiled(x)
+    expected = captured(module, x)
+    assert set(expected["intermediates"]) == {"0.x"}
+    same(captured(compiled, x), expected)
+
+
+def test_what_torch_compile_returned_has_no_part_in_names():
+    outer, x = nn.Sequential(torch.compile(nn.Sequential(Sower(3, 3)), backend="aot_eager")), torch.randn(2, 3)
+    assert list(captured(outer, x)["intermediates"]) == ["0.0.x"]
