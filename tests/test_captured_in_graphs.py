@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from ways import AOT
 
 import torchlift
 from torchlift import capture, sow
@@ -21,6 +22,7 @@ LIFTED = {
     "plain": Sower,
     "remat": torchlift.remat(Sower),
     "vmap": torchlift.vmap(Sower, {"params": 0}, axis_size=2),
+    "remat_scan": torchlift.remat_scan(Sower, lengths=(2,), compile=AOT),
 }
 
 
@@ -55,3 +57,24 @@ def test_a_compiled_module_sows_under_its_own_names(kind, warm):
 def test_what_torch_compile_returned_has_no_part_in_names():
     outer, x = nn.Sequential(torch.compile(nn.Sequential(Sower(3, 3)), backend="aot_eager")), torch.randn(2, 3)
     assert list(captured(outer, x)["intermediates"]) == ["0.0.x"]
+
+
+def looped(m, c):
+    return m(c), None
+
+
+LOOPS = {
+    "scan": lambda m, x: torchlift.scan(looped, length=2, compile=AOT)(m, x),
+    "remat_scan": torchlift.remat_scan(lambda m, c: m(c), (2,), variable_broadcast=True, variable_axes={}, compile=AOT),
+    "scan in jit": torchlift.jit(lambda m, x: torchlift.scan(looped, length=2, compile=AOT)(m, x), backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_in_a_graph_sows_what_is_asked_for_now(loop):
+    module, x = Sower(3, 3), torch.randn(3)
+    run = torch.compile(lambda x: LOOPS[loop](module, x), backend="aot_eager", fullgraph="jit" not in loop)
+    run(x)
+    for asked in (["intermediates"], ["squares"], [], ["squares", "intermediates"]):
+        same(captured(run, x, *asked), captured(lambda x: LOOPS[loop](module, x), x, *asked))
+        run(x)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, stacking
+from torchlift._context import context
 from torchlift.engine.loop import Body
 from torchlift.errors import AxisError, TransformTargetError, UnsupportedError
 from torchlift.filters import DenyList, Filter, In, Out
@@ -88,7 +89,7 @@ class _Scan(_Loop):
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
         done = iterations.loop(
             lambda settled: _register(
-                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None, settled
+                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, None, settled, _asked_for()
             ),
             reverse=self.reverse, unroll=self.unroll, compile=self.compile,
         )  # fmt: skip
@@ -138,7 +139,8 @@ class _Remat_scan(_Loop):
         again = {} if runs_once(iterations.packed, label) else {"remat": self.policy or True, "lengths": self.lengths}
         done = iterations.loop(
             lambda settled: _register(
-                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy, settled
+                *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy, settled,
+                _asked_for(),
             ),
             compile=self.compile, **again,
         )  # fmt: skip
@@ -178,10 +180,15 @@ def _meant(value: Any) -> Any:
     return {_meant(k): _meant(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def _asked_for() -> list[Any]:
+    """The filters of the captures around the call. Dynamo, which reads them, traces the loop anew for others."""
+    return [_spelled(frame.filter) for frame in context.captures]
+
+
 @torch.compiler.assume_constant_result
 def _register(
     cls: type[Any], settings: dict[str, Any], fn: Any, module: nn.Module, args: Any, kwargs: Any, label: str,
-    inside: Any, policy: Any, settled: tuple[bool | str, ...],
+    inside: Any, policy: Any, settled: tuple[bool | str, ...], captures: list[Any],
 ) -> str:  # fmt: skip
     """Called while Dynamo traces, with the real module: the key of the loop's body in a graph around it.
 
