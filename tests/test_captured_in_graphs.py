@@ -78,3 +78,18 @@ def test_a_loop_in_a_graph_sows_what_is_asked_for_now(loop):
     for asked in (["intermediates"], ["squares"], [], ["squares", "intermediates"]):
         same(captured(run, x, *asked), captured(lambda x: LOOPS[loop](module, x), x, *asked))
         run(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("compile", [False, AOT], ids=["plain", "compiled"])
+def test_a_nest_sows_as_its_parameters_are_laid_out(compile, axis):
+    axes = {"params": 0, "intermediates": axis}
+    nest = torchlift.remat_scan(Sower, lengths=(2, 3), variable_axes=axes, compile=compile)(4, 4)
+    x, expected = torch.randn(5, 4), torch.empty(2, 3, 5, 4)
+    store = captured(nest, x, "intermediates")
+    with torch.no_grad():
+        for index, layer in enumerate(nest.to_modules()):
+            expected[index // 3, index % 3] = x
+            x = layer(x)
+    expected = expected.movedim((0, 1), (axis % 3, axis % 3 + 1))
+    torch.testing.assert_close(store["intermediates"]["x"][0].detach(), expected, rtol=1e-12, atol=1e-12)

@@ -325,7 +325,7 @@ class Iterations:
 
     def _sown(self, tree: Any, collection: str) -> Any:
         axis = self.groups.sown_axis(collection)
-        return _tree.map_leaves(lambda v: self._to_place(v, axis) if isinstance(v, Tensor) else v, tree)
+        return _tree.map_leaves(lambda v: self._to_place(v, axis, self.levels) if isinstance(v, Tensor) else v, tree)
 
     def placed(self, ys: Any, out_axes: Any) -> Any:
         """The ys, with the iterations on the axis where each belongs."""
