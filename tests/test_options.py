@@ -61,6 +61,18 @@ def test_compile(name):
         LOOPS[name](compile={"speed": 1})
 
 
+def test_a_device_that_there_is_not():
+    for device in ("nosuch", 1.5):
+        with pytest.raises(OptionError, match=r"^jit: device is .*, expected a torch.device or the name of one, as in"):
+            torchlift.jit(nn.Linear, device=device)
+    elsewhere = "mps" if torch.cuda.is_available() else "cuda"
+    module = torchlift.jit(nn.Linear, backend="aot_eager", device=elsewhere)(2, 2)
+    with pytest.raises(
+        OptionError, match=rf"^jit\(Linear, .*\): device is '{elsewhere}', expected one that this machine has: .+"
+    ):
+        module(torch.ones(2))
+
+
 @pytest.mark.parametrize("name", [*LOOPS, "jit"])
 def test_a_backend_that_there_is_not_is_refused_where_a_transform_is_made(name):
     def make(**options):

@@ -26,7 +26,7 @@ from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
 from torchlift.transforms.donation import Donated, give_up
 from torchlift.transforms.jit_state import Watch, traced
-from torchlift.transforms.options import check_backend
+from torchlift.transforms.options import check_backend, check_device
 from torchlift.variables import AT, Capture, Site, Variable, own_tensors, sow_at
 
 
@@ -67,6 +67,7 @@ class _Jit(Transform):
         for name in ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         check_backend(self.backend, self.mode, "jit: got")
+        check_device(self.device, "jit: device", there=False)
 
     def call(
         self, fn: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, label: str, inside: type | None = None
@@ -160,6 +161,7 @@ class _Jit(Transform):
     def _check_device(self, leaves: Sequence[Any], label: str) -> None:
         if self.device is None:
             return
+        check_device(self.device, f"{label}: device", there=True)
         expected = torch.empty(0, device=self.device).device
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.device != expected:
@@ -364,7 +366,7 @@ def jit(
             on ``device``.
         DonatedTensorError: a donated tensor was used, or is donated where autograd may need it.
         ModifyCollectionError: the body changed a collection outside of ``variables``.
-        OptionError: there is no such backend or mode.
+        OptionError: there is no such backend, mode or device.
         PlainAttributeError: the body left a tensor in a plain attribute, or in a list or dict there.
         RandomnessError: the body drew from a stream outside of ``rngs``.
         TransformTargetError: ``target`` is a module instance, or nothing that can be lifted.

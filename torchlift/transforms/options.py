@@ -64,6 +64,17 @@ def check_backend(backend: Any, mode: Any, where: str) -> None:
             raise OptionError(f"{where} the mode {mode!r}, expected one that torch.compile knows: {error}") from error
 
 
+def check_device(device: Any, where: str, there: bool) -> None:
+    """A device, or None; ``there`` asks for one that this machine has, which may start it."""
+    if device is None or _compat.is_compiling():
+        return
+    try:
+        torch.empty(0, device=device) if there else torch.device(device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        expected = "one that this machine has" if there else "a torch.device or the name of one, as in 'cuda:0'"
+        raise OptionError(f"{where} is {device!r}, expected {expected}: {str(error).splitlines()[0]}") from error
+
+
 def check_flag(flag: Any, where: str) -> None:
     """True or False."""
     if not isinstance(flag, bool):
