@@ -174,7 +174,7 @@ def test_an_axis_is_an_int(axis):
 def test_axes_and_splits_are_mappings(mapping):
     with pytest.raises(FilterError, match=r"here: variable_axes is .* expected a dict such as \{'params': 0\}"):
         Groups("here", mapping)
-    with pytest.raises(FilterError, match="here: split_rngs is"):
+    with pytest.raises(FilterError, match=r"here: split_rngs is .* expected a dict such as \{'dropout': True\}"):
         Groups("here", {}, split_rngs=mapping)
 
 

@@ -47,9 +47,11 @@ class Groups:
     _roles: dict[str, Role] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, mapping in (("variable_axes", self.variable_axes), ("split_rngs", self.split_rngs)):
+        for name, mapping, example in (
+            ("variable_axes", self.variable_axes, {"params": 0}), ("split_rngs", self.split_rngs, {"dropout": True})
+        ):  # fmt: skip
             if not isinstance(mapping, Mapping):
-                raise FilterError(f"{self.label}: {name} is {mapping!r}, expected a dict such as {{'params': 0}}")
+                raise FilterError(f"{self.label}: {name} is {mapping!r}, expected a dict such as {example}")
             for filter in mapping:
                 check(filter, f"{self.label}: {name}")
         check(self.broadcast, f"{self.label}: variable_broadcast")
