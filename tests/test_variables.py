@@ -112,6 +112,16 @@ def test_set_collection():
     assert set(variables(module, "ema")["ema"]) == {"norm.0.running_mean"}
 
 
+@pytest.mark.parametrize("name", ["p", "inner.q"])
+def test_set_collection_of_a_buffer_with_several_names(name):
+    module = nn.Module()
+    module.inner = nn.Module()
+    module.register_buffer("p", torch.ones(2))
+    module.inner.register_buffer("q", module.p)
+    set_collection(module, "ema", name)
+    assert set(variables(module)) == {"ema"} and set(variables(module.inner)) == {"ema"}
+
+
 @pytest.mark.parametrize(
     ("collection", "names", "match"),
     [

@@ -220,7 +220,7 @@ def set_collection(module: nn.Module, collection: str, *buffer_names: str) -> nn
     Args:
         module: the module.
         collection: the collection's name; not ``params``, which is for parameters.
-        *buffer_names: names of buffers, dotted for those of submodules.
+        *buffer_names: names of buffers, dotted for those of submodules; any of several that a buffer has.
 
     Returns:
         ``module``.
@@ -233,7 +233,8 @@ def set_collection(module: nn.Module, collection: str, *buffer_names: str) -> nn
         >>> sorted(torchlift.variables(norm, "ema")["ema"])
         ['running_mean', 'running_var']
     """
-    known = [name for name, _ in module.named_buffers()]
+    found = dict(module.named_buffers(remove_duplicate=False))
+    known = list(found)
     for name in buffer_names:
         if name not in known or collection == PARAMS:
             raise VariableNameError(
@@ -244,9 +245,11 @@ def set_collection(module: nn.Module, collection: str, *buffer_names: str) -> nn
                     else "'params' holds parameters only; make it an nn.Parameter"
                 )
             )
-    for name in buffer_names:
-        path, _, key = name.rpartition(".")
-        assign_collection(module.get_submodule(path), key, collection)
+    chosen = [found[name] for name in buffer_names]
+    for name, tensor in found.items():
+        if any(tensor is other for other in chosen):
+            path, _, key = name.rpartition(".")
+            assign_collection(module.get_submodule(path), key, collection)
     return module
 
 
