@@ -113,8 +113,9 @@ class Watch:
         for what, owner, store, key in changes:
             collection = collection_of(owner, store, key)
             if not matches(self.variables, collection):
+                name = next(node.dotted(key) for node in before.nodes if node.module is owner)
                 raise ModifyCollectionError(
-                    f"{self.label}: {what} {key!r} of collection {collection!r}, which is read-only there; add "
+                    f"{self.label}: {what} {name!r} of collection {collection!r}, which is read-only there; add "
                     f"{collection!r} to variables="
                 )
 
