@@ -131,7 +131,7 @@ def test_axes(axis):
 
 def test_what_no_index_has_given_a_value():
     body, x = lambda m, x: torch.ones(3), torch.ones(0, 2)
-    with pytest.raises(AxisError, match="an output has no value, since the axis has no index: give it an axis"):
+    with pytest.raises(AxisError, match="the output has no value, since the axis has no index: give it an axis"):
         torchlift.vmap(body, out_axes=None)(nn.Identity(), x)
     with pytest.raises(AxisError, match="ys has no value, since there is no iteration; expected at least one"):
         torchlift.scan(lambda m, c, x: (c, body(m, x)), out_axes=broadcast, compile=False)(nn.Identity(), 0, x)

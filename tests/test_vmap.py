@@ -79,8 +79,15 @@ def test_out_axes_none_is_for_what_is_the_same_everywhere():
     linear = nn.Linear(2, 2)
     x, total, none = lifted(linear, X)
     assert torch.equal(total, linear.weight.sum()) and x.shape == X.shape and none is None
-    with pytest.raises(AxisError, match="an output differs from index to index, but its axis is None; give it an axis"):
+    with pytest.raises(
+        AxisError, match="the output differs from index to index, but its axis is None; give it an axis"
+    ):
         vmap(lambda m, x: x, out_axes=None)(linear, X)
+    for tree, path in ((lambda x: (x, x), r"\[1\]"), (lambda x: (x, {"a": (None, x)}), r"\[1\]\['a'\]\[1\]")):
+        with pytest.raises(
+            AxisError, match=rf"vmap\(.*\): output{path} differs from index to index, but its axis is None"
+        ):
+            vmap(lambda m, x, tree=tree: tree(x), out_axes=(0, None))(linear, X)
 
 
 @pytest.mark.parametrize("in_axes", [None, 0, -1, (0, None)])
@@ -152,7 +159,10 @@ def test_an_argument_that_disagrees_is_named_by_its_keyword():
             lambda: vmap(add, variable_axes={"params": 1})(nn.Linear(2, 2), X),
             r"'bias' in 'params' has shape \(2,\), which has no axis 1",
         ),
-        (lambda: vmap(add, out_axes=3)(nn.Identity(), X), "an output has 2 dimensions, the mapped one included, so no"),
+        (
+            lambda: vmap(add, out_axes=3)(nn.Identity(), X),
+            "the output has 2 dimensions, the mapped one included, so no",
+        ),
         (lambda: vmap(add, in_axes="0")(nn.Identity(), X), "in_axes has '0', expected ints and None"),
         (lambda: vmap(add, in_axes=(0, True))(nn.Identity(), X, X), "in_axes has True, expected ints and None"),
         (
@@ -384,7 +394,7 @@ def test_shapes_that_depend_on_values_run_index_by_index():
         pytest.warns(TorchliftWarning),
         pytest.raises(
             AxisError,
-            match=r"vmap\(.*\): an output has shape \(\d+,\) at index \d, expected \(\d+,\) as at index 0; pad it",
+            match=r"vmap\(.*\): the output has shape \(\d+,\) at index \d, expected \(\d+,\) as at index 0; pad it",
         ),
     ):
         vmap(positive, variable_axes=mapped, in_axes=None)(stack, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,11 +240,13 @@ class _Run:
                 rng.write_states(start)
             rng.rewind({name: at for name, at in positions.items() if not splits.get(name)})
             rows.append(self.one(*_slices(in_dims, inputs, i)))
-        for column in zip(*rows, strict=True):
+        for number, column in enumerate(zip(*rows, strict=True)):
             for i, x in enumerate(column):
                 if x.shape != column[0].shape:
+                    tensors = [at for at, static in enumerate(self.static) if static is None]
+                    name = self._result(tensors[number])
                     raise AxisError(
-                        f"{self.groups.label}: an output has shape {tuple(x.shape)} at index {i}, expected "
+                        f"{self.groups.label}: {name} has shape {tuple(x.shape)} at index {i}, expected "
                         f"{tuple(column[0].shape)} as at index 0; pad it, or return what has one shape"
                     )
         self.mapped = [any(not torch.equal(x, column[0]) for x in column) for column in zip(*rows, strict=True)]
@@ -264,15 +267,26 @@ class _Run:
         tree = _tree.unflatten(results, self.out_spec)  # leaves are (tensor, whether it is mapped)
         axes_out = _tree.broadcast_prefix(self.out_axes, tree, f"{self.groups.label}: out_axes", self._is_column)
         check_axes(axes_out, f"{self.groups.label}: out_axes")
-        out = [self._place(leaf, axis, "an output") for leaf, axis in zip(results, axes_out, strict=True)]
+        placed = enumerate(zip(results, axes_out, strict=True))
+        out = [self._place(leaf, axis, partial(self._result, at)) for at, (leaf, axis) in placed]
         new = [
-            self._place(value, self.groups.role(change.collection).out_axis, f"{change.key!r} of {change.collection!r}")
-            for value, change in zip(changed, self.meta.changes, strict=True)
+            self._place(value, self.groups.role(change.collection).out_axis, partial(self._result, self.results + at))
+            for at, (value, change) in enumerate(zip(changed, self.meta.changes, strict=True))
         ]
         sites = self.meta.sites
         values = _tree.unflatten(sown, self.sown_spec) if sites else []
         values = [self._place_sown(value, site.collection) for value, site in zip(values, sites, strict=True)]
         return _tree.unflatten(out, self.out_spec), Update(new, values, self.meta)
+
+    def _result(self, at: int) -> str:
+        """What errors call a result of the body, by its number among all: outputs, new variables, what was sown."""
+        if at < self.results:
+            path = _tree.paths(_tree.unflatten([0] * self.results, self.out_spec))[at]
+            return f"output{path}" if path else "the output"
+        if at < self.results + len(self.meta.changes):
+            change = self.meta.changes[at - self.results]
+            return f"{change.key!r} of {change.collection!r}"
+        return "a value that was sown"
 
     @staticmethod
     def _is_column(x: Any) -> bool:
@@ -281,26 +295,27 @@ class _Run:
     def _place_sown(self, value: Any, collection: str) -> Any:
         leaves, spec = _tree.flatten(value, self._is_column)
         axis = self.groups.sown_axis(collection)
-        return _tree.unflatten([self._place(leaf, axis, f"a value sown in {collection!r}") for leaf in leaves], spec)
+        what = lambda: f"a value sown in {collection!r}"
+        return _tree.unflatten([self._place(leaf, axis, what) for leaf in leaves], spec)
 
-    def _place(self, column: Any, axis: int | None, what: str) -> Any:
+    def _place(self, column: Any, axis: int | None, what: Callable[[], str]) -> Any:
         if not self._is_column(column):
             return column
         value, mapped = column
         if axis is None:
             if self.size == 0:
                 raise AxisError(
-                    f"{self.groups.label}: {what} has no value, since the axis has no index: give it an axis, expected "
-                    "where its axis is None is at least one"
+                    f"{self.groups.label}: {what()} has no value, since the axis has no index: give it an axis, "
+                    "expected where its axis is None is at least one"
                 )
             if mapped:
                 raise AxisError(
-                    f"{self.groups.label}: {what} differs from index to index, but its axis is None; give it an axis"
+                    f"{self.groups.label}: {what()} differs from index to index, but its axis is None; give it an axis"
                 )
             return value[0]
         if not -value.ndim <= axis < value.ndim:
             raise AxisError(
-                f"{self.groups.label}: {what} has {value.ndim} dimensions, the mapped one included, so no axis {axis}"
+                f"{self.groups.label}: {what()} has {value.ndim} dimensions, the mapped one included, so no axis {axis}"
             )
         return value.movedim(0, axis) if axis else value
 
