@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import torchlift
 from torchlift import In, Out, stack_modules, unstack_modules, variable, variables, vmap
-from torchlift.errors import AxisError, ModifyCollectionError, TorchliftWarning
+from torchlift.errors import AxisError, ModifyCollectionError, TorchliftWarning, UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -375,6 +375,14 @@ def test_labels_name_the_use():
     lifted = vmap(lambda m, x: x, in_axes=None)
     with pytest.raises(AxisError, match=re.escape("vmap(<lambda>, in_axes=None): nothing has a mapped axis")):
         lifted(nn.Identity(), X)
+
+
+def test_an_operator_without_a_batching_rule_beside_collectives_is_refused():
+    cell, x = nn.LSTMCell(3, 3), torch.ones(2, 3)
+    with pytest.raises(
+        UnsupportedError, match=r"vmap\(.*\): torch cannot map an operator .*, or leave out axis_name=\. .*lstm_cell"
+    ):
+        vmap(lambda m, x: torchlift.psum(m(x)[0], "i"), axis_name="i")(cell, x)
 
 
 def test_shapes_that_depend_on_values_run_index_by_index():

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torchlift import _compat, _tree, metadata, rng, stacked_classes, stacking
 from torchlift.changes import Update
 from torchlift.engine.run import Report, record
-from torchlift.errors import AxisError, ModifyCollectionError, RandomnessError, TorchliftWarning, warn
+from torchlift.errors import (
+    AxisError,
+    ModifyCollectionError,
+    RandomnessError,
+    TorchliftWarning,
+    UnsupportedError,
+    warn,
+)
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.named_axes import and_named
@@ -107,9 +114,15 @@ class _Vmap(Transform):
                 raise RandomnessError(dict(run.packed.refused)[rng.DROPOUT]) from error
             if run.packed.wrote_shared(error):
                 raise ModifyCollectionError(_shared_write(run.packed, groups)) from error
-            if self.axis_name is not None or not any(part in text for part in _NO_BATCHING_RULE):
+            if not any(part in text for part in _NO_BATCHING_RULE):
                 raise
             why = text.splitlines()[0]
+            if self.axis_name is not None:
+                raise UnsupportedError(
+                    f"{groups.label}: torch cannot map an operator of the body, which would have to run index by "
+                    f"index; expected one with a batching rule, since axis_name={self.axis_name!r} is for collectives, "
+                    f"which need all indices at once: write that operator as others, or leave out axis_name=. {why}"
+                ) from error
             _warn_once(run.packed.fn, f"{groups.label}: runs index by index, since torch says: {why}")
         rng.write_states(start)
         return run.by_index(in_dims, inputs, splits, why)
@@ -389,6 +402,7 @@ def vmap(
         ModifyCollectionError: the body changed a shared collection.
         RandomnessError: the body drew from a stream that the transform was not told about.
         TransformTargetError: ``target`` is a module instance, or nothing that can be lifted.
+        UnsupportedError: an operator has no batching rule, and there is an ``axis_name``.
 
     Example:
         >>> Heads = torchlift.vmap(torch.nn.Linear, variable_axes={"params": 0}, in_axes=None, axis_size=4)
