@@ -163,6 +163,12 @@ def test_an_axis_behind_the_named_ones_leaves_unnamed_ones_between():
     assert added.remove_axis(3, {PARTITION_NAME: "z"}).names == ("a", None, None)
 
 
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = Mlp()
+
+
 def test_errors():
     linear = nn.Linear(2, 3)
     with pytest.raises(
@@ -183,6 +189,19 @@ def test_errors():
     assert torchlift.axis_metadata(linear) == {}
     with pytest.raises(torchlift.MetadataError, match=r"metadata_params=\{torchlift.PARTITION_NAME: name\}"):
         torchlift.vmap(Mlp, {"params": 0}, axis_size=2)()
+    child = r"'child\.scale': a transform adds an axis to Partitioned\(names=.*\), but has no name for it"
+    for lift in (
+        lambda: torchlift.scan(Parent, {"params": 0}, length=3)(),
+        lambda: torchlift.vmap(Parent, {"params": 0})(),
+        lambda: torchlift.add_metadata_axis(Parent, {"params": 0})(),
+    ):
+        with pytest.raises(torchlift.MetadataError, match=rf"^(scan|vmap|add_metadata_axis)\(Parent, .*\): {child}"):
+            lift()
+    with pytest.raises(
+        torchlift.MetadataError, match=r"^vmap\(.*\): '\w+': axis 0 of .* is to be removed, expected it to be named"
+    ):
+        stack = torchlift.vmap(Mlp, {"params": 0}, axis_size=2, metadata_params={PARTITION_NAME: "layers"})()
+        torchlift.vmap(lambda m: m.scale, {"params": 0}, metadata_params={PARTITION_NAME: "heads"})(stack)
     with pytest.raises(
         torchlift.MetadataError, match="axis 0 of .* is to be removed, expected it to be named 'layers'"
     ):

@@ -157,21 +157,23 @@ def axis_metadata(module: nn.Module) -> dict[str, AxisMetadata]:
 
 
 def added(
-    module: nn.Module, place: Callable[[nn.Module, str], int | None], params: Mapping[Any, Any], times: int = 1
-) -> None:
+    label: str, module: nn.Module, place: Callable[[nn.Module, str], int | None], params: Mapping[Any, Any],
+    times: int = 1,
+) -> None:  # fmt: skip
     """Adds axes to the metadata in a module, in place: ``times`` of them at ``place(owner, key)``, None for none."""
-    for owner in module.modules():
+    for path, owner in module.named_modules():
         if METADATA in owner.__dict__:
-            owner.__dict__[METADATA] = _changed(owner, place, "add_axis", params, times)
+            owner.__dict__[METADATA] = _changed(label, path, owner, place, "add_axis", params, times)
 
 
 def removed(
-    module: nn.Module, place: Callable[[nn.Module, str], int | None], params: Mapping[Any, Any], times: int = 1
-) -> None:
+    label: str, module: nn.Module, place: Callable[[nn.Module, str], int | None], params: Mapping[Any, Any],
+    times: int = 1,
+) -> None:  # fmt: skip
     """Undoes :func:`added`."""
-    for owner in module.modules():
+    for path, owner in module.named_modules():
         if METADATA in owner.__dict__:
-            owner.__dict__[METADATA] = _changed(owner, place, "remove_axis", params, times)
+            owner.__dict__[METADATA] = _changed(label, path, owner, place, "remove_axis", params, times)
 
 
 def without_axis(
@@ -191,17 +193,22 @@ def without_axis(
                 for axis in (axes[entry],)
             }
             place = lambda owner, key, places=places: places.get(key)
-            found[at, METADATA] = _changed(node.module, place, "remove_axis", params, 1)
+            found[at, METADATA] = _changed(packed.label, node.path, node.module, place, "remove_axis", params, 1)
     return found
 
 
 def _changed(
-    owner: nn.Module, place: Callable[[nn.Module, str], int | None], how: str, params: Mapping[Any, Any], times: int
-) -> dict[str, AxisMetadata]:
+    label: str, path: str, owner: nn.Module, place: Callable[[nn.Module, str], int | None], how: str,
+    params: Mapping[Any, Any], times: int,
+) -> dict[str, AxisMetadata]:  # fmt: skip
     new = dict(owner.__dict__[METADATA])
     for key, metadata in new.items():
         index = place(owner, key)
         for _ in range(times if index is not None else 0):
-            metadata = getattr(metadata, how)(index, params)
+            try:
+                metadata = getattr(metadata, how)(index, params)
+            except MetadataError as error:
+                name = f"{path}.{key}" if path else key
+                raise MetadataError(f"{label}: {name!r}: {error}") from error
         new[key] = metadata
     return new

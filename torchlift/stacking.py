@@ -56,7 +56,7 @@ class Stacking:
             axis = self.axis(owner, store, key)
             return axis if axis is None or axis >= 0 else axis % (owner.__dict__[store][key].ndim + 1)
 
-        change(module, place, self.metadata_params, self.levels)
+        change(self.label, module, place, self.metadata_params, self.levels)
 
 
 def located(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Tensor]]:

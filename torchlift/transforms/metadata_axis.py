@@ -30,7 +30,7 @@ class _Add_metadata_axis(Transform):
 
         def __init__(module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
             base.__init__(module, *args, **kwargs)
-            metadata.added(module, place, self.metadata_params)
+            metadata.added(groups.label, module, place, self.metadata_params)
 
         __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]  # for help() and inspect.signature
         return {"__init__": __init__}
