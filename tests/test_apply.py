@@ -47,6 +47,12 @@ def test_methods_that_are_none(method):
         apply(nn.Linear(2, 2), {}, torch.ones(2), method=method)
 
 
+@pytest.mark.parametrize("rngs", [3, 0, "dropout", ["dropout"]])
+def test_rngs_are_seeds_of_streams(rngs):
+    with pytest.raises(ArgumentError, match=r"^apply\(Linear\): got rngs of type .*, expected \{stream: seed\}"):
+        apply(nn.Linear(2, 2), {}, torch.ones(2), rngs=rngs)
+
+
 def test_a_class_is_no_module():
     with pytest.raises(TransformTargetError, match="got <class .*Linear'>, expected an nn.Module"):
         apply(nn.Linear, {}, torch.ones(2))

@@ -137,6 +137,20 @@ def test_what_no_index_has_given_a_value():
         torchlift.scan(lambda m, c, x: (c, body(m, x)), out_axes=broadcast, compile=False)(nn.Identity(), 0, x)
 
 
+@pytest.mark.parametrize("params", [3, "layers", None, ["layers"]])
+def test_metadata_params(params):
+    makes = {
+        "scan": lambda: torchlift.scan(step, metadata_params=params),
+        "vmap": lambda: torchlift.vmap(nn.Linear, metadata_params=params),
+        "add_metadata_axis": lambda: torchlift.add_metadata_axis(nn.Linear, metadata_params=params),
+    }
+    for name, make in makes.items():
+        with pytest.raises(
+            OptionError, match=rf"^{name}: metadata_params is .*, expected a dict such as \{{torchlift\."
+        ):
+            make()
+
+
 def test_data_transform():
     with pytest.raises(OptionError, match="scan: data_transform is 3, expected a function of"):
         torchlift.scan(step, data_transform=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +72,15 @@ def test_stack_refuses(state: dict[str, torch.Tensor], match: str) -> None:
 def test_stack_refuses_an_axis_that_an_entry_cannot_have(axis: int) -> None:
     with pytest.raises(StateDictError, match=rf"'w' of each layer has 1 dim.*axes -2 to 1, got axis={axis}"):
         stack_state_dict(LAYERS, "h.", axis)
+
+
+@pytest.mark.parametrize("state", [3, None, ["a"]])
+def test_what_is_no_state_dict_is_refused(state: Any) -> None:
+    expected = "got (int|NoneType|list), expected a state dict"
+    with pytest.raises(StateDictError, match=rf"^stack_state_dict\(prefix='a\.'\): {expected}"):
+        stack_state_dict(state, "a.")
+    with pytest.raises(StateDictError, match=rf"^unstack_state_dict\(prefix='a\.', axis=0\): {expected}"):
+        unstack_state_dict(state, "a.")
 
 
 def test_a_number_is_written_in_one_way() -> None:

@@ -46,7 +46,7 @@ def apply(
         variables of the mutable collections, with their graph, and what was sown in them (tuples).
 
     Raises:
-        ArgumentError: the variables are no tensors in collections.
+        ArgumentError: the variables are no tensors in collections, or the rngs no seeds of streams.
         VariableNameError: a name is given that the module does not have.
         ModifyCollectionError: a variable changed whose collection is not mutable.
 
@@ -64,6 +64,8 @@ def apply(
             f"{label}: got variables of type {type(variables).__name__}, expected {{collection: {{name: tensor}}}}; "
             "parameters alone are {'params': {name: tensor}}"
         )
+    if rngs is not None and not _is_mapping(rngs):
+        raise ArgumentError(f"{label}: got rngs of type {type(rngs).__name__}, expected {{stream: seed}}")
     check(mutable, f"{label}: mutable")
     with seed_rngs(**rngs) if rngs else nullcontext():
         packed = Packed(_method(module, method), module, args, kwargs, label)

@@ -23,8 +23,8 @@ def stack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int = 
         A new state dict with the stacked entries in the place of the layers' ones; other entries are the same tensors.
 
     Raises:
-        StateDictError: no layers have that prefix, a number is missing, layers differ in names, shapes or dtypes, or
-            a stacked name is taken.
+        StateDictError: it is no state dict, no layers have that prefix, a number is missing, layers differ in names,
+            shapes or dtypes, or a stacked name is taken.
 
     Example:
         >>> layers = torch.nn.ModuleList(torch.nn.Linear(2, 3) for _ in range(4))
@@ -32,6 +32,7 @@ def stack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int = 
         {'weight': (4, 3, 2), 'bias': (4, 3)}
     """
     label = f"stack_state_dict(prefix={prefix!r})"
+    _check_mapping(state_dict, label)
     pattern = re.compile(re.escape(prefix) + r"(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
     layers: dict[int, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -96,13 +97,15 @@ def unstack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int 
         A new state dict with ``prefix0.w, prefix1.w, ...`` in the place of ``prefix + w``, ordered by layer.
 
     Raises:
-        StateDictError: no entry has that prefix, or entries differ in size on ``axis``, or have no such axis.
+        StateDictError: it is no state dict, no entry has that prefix, or entries differ in size on ``axis``, or have no
+            such axis.
 
     Example:
         >>> sorted(torchlift.unstack_state_dict({"h.w": torch.ones(2, 3), "e": torch.ones(1)}, "h."))
         ['e', 'h.0.w', 'h.1.w']
     """
     label = f"unstack_state_dict(prefix={prefix!r}, axis={axis})"
+    _check_mapping(state_dict, label)
     entries = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     if not entries:
         raise StateDictError(f"{label}: no key begins with {prefix!r}; the keys are {_some(state_dict)}")
@@ -126,6 +129,11 @@ def unstack_state_dict(state_dict: Mapping[str, Tensor], prefix: str, axis: int 
         else:
             result[key] = tensor
     return result
+
+
+def _check_mapping(state_dict: object, label: str) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise StateDictError(f"{label}: got {type(state_dict).__name__}, expected a state dict: module.state_dict()")
 
 
 def _some(keys: Mapping[str, Tensor]) -> str:

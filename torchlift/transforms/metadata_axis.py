@@ -12,6 +12,7 @@ from torchlift import _compat, metadata
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
+from torchlift.transforms.options import check_params
 from torchlift.variables import collection_of
 
 
@@ -19,6 +20,9 @@ from torchlift.variables import collection_of
 class _Add_metadata_axis(Transform):
     variable_axes: Mapping[Any, Any] = field(default_factory=dict)
     metadata_params: Mapping[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_params(self.metadata_params, "add_metadata_axis: metadata_params")
 
     def members(self, base: type[nn.Module]) -> dict[str, Any]:
         groups = Groups(self.label(base), self.variable_axes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,12 @@ def check_callable(fn: Any, where: str, what: str) -> None:
     """A function, or None."""
     if fn is not None and not callable(fn):
         raise OptionError(f"{where} is {fn!r}, expected {what}")
+
+
+def check_params(params: Any, where: str) -> None:
+    """What axis metadata is told."""
+    if not isinstance(params, Mapping):
+        raise OptionError(f"{where} is {params!r}, expected a dict such as {{torchlift.PARTITION_NAME: 'layers'}}")
 
 
 def check_policy(policy: Any, where: str) -> None:

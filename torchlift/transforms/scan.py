@@ -24,6 +24,7 @@ from torchlift.transforms.options import (
     check_compile,
     check_flag,
     check_lengths,
+    check_params,
     check_policy,
     check_size,
 )
@@ -70,6 +71,7 @@ class _Scan(_Loop):
         check_size(self.length, "scan: length")
         check_compile(self.compile, "scan: compile=")
         check_flag(self.reverse, "scan: reverse")
+        check_params(self.metadata_params, "scan: metadata_params")
         check_callable(self.data_transform, "scan: data_transform", "a function of (variable_groups, rng_groups)")
 
     @property

@@ -26,7 +26,7 @@ from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
 from torchlift.named_axes import and_named
 from torchlift.pack import Packed
-from torchlift.transforms.options import check_axes, check_count, check_name, check_size
+from torchlift.transforms.options import check_axes, check_count, check_name, check_params, check_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class _Vmap(Transform):
         check_size(self.axis_size, "vmap: axis_size")
         check_name(self.axis_name, "vmap: axis_name")
         check_name(self.spmd_axis_name, "vmap: spmd_axis_name")
+        check_params(self.metadata_params, "vmap: metadata_params")
         if self.chunk_size is not None:
             check_count(self.chunk_size, "vmap: chunk_size")
 
