@@ -21,7 +21,7 @@ ROWS = [
     ["errors.py", "_context.py"],
     ["_compat.py", "unread.py"],
     ["_tree.py"],
-    ["filters.py", "named_axes.py"],
+    ["filters.py", "named_axes.py", "contents.py"],
     ["engine/*"],
     ["variables.py", "rng.py"],
     ["groups.py", "nodes.py", "misspelt.py"],

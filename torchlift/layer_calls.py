@@ -11,7 +11,7 @@ from torch import nn
 from torchlift import _compat, _tree, fingerprint
 from torchlift.enrolling import shared_buffers
 from torchlift.pack import Packed
-from torchlift.transforms.remat import remat, runs_once
+from torchlift.transforms.remat import remat
 
 
 def call_layer(layer: nn.Module, x: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -69,8 +69,6 @@ class LayersCall:
 
     def plain(self) -> Any:
         """The definition."""
-        if self.remat is not None and runs_once(self.packed[0], self.layers.label):
-            self.remat = None
         return self.undone_if_raised(self._in_order)
 
     def undone_if_raised(self, run: Callable[[], Any]) -> Any:

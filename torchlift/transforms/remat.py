@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
 from torchlift._context import context, entered
 from torchlift.changes import Meta, Update
+from torchlift.contents import Contents
 from torchlift.engine.remat import checkpointed, is_recomputing
-from torchlift.errors import TorchliftWarning, warn
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
@@ -43,39 +43,25 @@ class _Remat(Transform):
             lambda stream: f"add {stream!r} to rngs=",
         )
 
+        objects = [leaf for leaf in packed.leaves if fingerprint.opaque([leaf]) is not None]
+        found = Contents(objects, label) if objects and not _compat.is_compiling() else None
+
         def run(tensors: Any, leaves: Any) -> Any:
-            with entered(streams=begin) if is_recomputing() else entered():
+            again = is_recomputing()
+            with entered(streams=begin) if again else entered(), found.again() if found and again else nullcontext():
                 out, update = packed.pure(tensors, packed.with_tensors(leaves))
             flat, spec = _tree.flatten((out, update.changed, update.sown))
             return flat, _Static(spec, update.meta)
 
         leaves = [packed.leaves[at] for at in packed.tensor_leaves]
         # Dynamo lets the body of a checkpoint change nothing around it: while someone captures what is sown, compiled
-        # code keeps the intermediate values.
-        captured = _compat.is_compiling() and context.captures
-        once = captured or runs_once(packed, label)
+        # code keeps the intermediate values; and where an object may be changed, which no graph can take back.
+        once = _compat.is_compiling() and (context.captures or objects)
         body = run if once else checkpointed(run, self.policy, name=label)
         flat, static = body(packed.snapshot(), leaves)
         out, changed, sown = _tree.unflatten(flat, static.spec)
         packed.publish(Update(changed, sown, static.meta))
         return out
-
-
-def runs_once(packed: Packed, label: str) -> bool:
-    """Whether a recomputation would not be given what the body was given, with a warning if so.
-
-    An object with content of its own is no value: what the body put into it, keys and values into a cache, is there
-    when the body runs again.
-    """
-    found = [type(leaf).__name__ for leaf in packed.leaves if fingerprint.opaque([leaf]) is not None]
-    if found and torch.is_grad_enabled() and not _compat.is_compiling():
-        warn(
-            f"{label}: intermediate values are kept, not computed again, and no memory is saved: an argument is a "
-            f"{found[0]}, which a recomputation would find as the body left it; pass tensors and numbers, or a dict, "
-            "tuple or dataclass of them",
-            TorchliftWarning,
-        )
-    return len(found) > 0
 
 
 @dataclass(frozen=True)

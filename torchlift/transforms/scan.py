@@ -12,10 +12,11 @@ from torch import nn
 from torchlift import _compat, _tree, fingerprint, stacking
 from torchlift._context import context
 from torchlift.engine.loop import Body
-from torchlift.errors import AxisError, TransformTargetError, UnsupportedError
+from torchlift.errors import AxisError, TorchliftWarning, TransformTargetError, UnsupportedError, warn
 from torchlift.filters import DenyList, Filter, In, Out
 from torchlift.groups import Groups
 from torchlift.lifting import Target, Transform, lift
+from torchlift.pack import Packed
 from torchlift.transforms.compiling import fleshed, out_of_graph, register, skeleton
 from torchlift.transforms.iterations import Iterations, broadcast, warn_plain
 from torchlift.transforms.options import (
@@ -28,7 +29,6 @@ from torchlift.transforms.options import (
     check_policy,
     check_size,
 )
-from torchlift.transforms.remat import runs_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class _Remat_scan(_Loop):
                 "(module, carry) -> carry"
             )
         iterations = self.iterations(fn, module, args, kwargs, label, inside)
-        again = {} if runs_once(iterations.packed, label) else {"remat": self.policy or True, "lengths": self.lengths}
+        again = {} if _runs_once(iterations.packed, label) else {"remat": self.policy or True, "lengths": self.lengths}
         done = iterations.loop(
             lambda settled: _register(
                 *self.kind(), fn, module, skeleton(args), skeleton(kwargs), label, inside, self.policy, settled,
@@ -162,6 +162,23 @@ class _Remat_scan(_Loop):
             self.groups(label), body, module, args, kwargs, label, inside, axes, self.sizes,
             levels=len(self.lengths), lengths=lengths,
         )  # fmt: skip
+
+
+def _runs_once(packed: Packed, label: str) -> bool:
+    """Whether a recomputation would not be given what the body was given, with a warning if so.
+
+    A carry that is an object, a cache, is another one in each iteration: what the body put into it is there when the
+    nest runs again.
+    """
+    found = [type(leaf).__name__ for leaf in packed.leaves if fingerprint.opaque([leaf]) is not None]
+    if found and torch.is_grad_enabled() and not _compat.is_compiling():
+        warn(
+            f"{label}: intermediate values are kept, not computed again, and no memory is saved: an argument is a "
+            f"{found[0]}, which a recomputation would find as the body left it; pass tensors and numbers, or a dict, "
+            "tuple or dataclass of them",
+            TorchliftWarning,
+        )
+    return len(found) > 0
 
 
 # What Dynamo cannot hand to a function that it does not trace: frozen dataclasses inside of a dict.
