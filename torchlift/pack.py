@@ -301,8 +301,9 @@ class Packed(Changeable):
                 assign_collection(owner, change.key, change.collection)
         elif change.how == "copy" or isinstance(tensors[change.key], nn.Parameter):
             target = tensors[change.key]
-            if isinstance(owner, _compat.NormBase) and not _compat.is_compiling() and not self.nested:
+            if isinstance(owner, _compat.NormBase) and not _compat.is_tracing() and not self.nested:
                 # As batch_norm writes: uncounted, for an earlier call that has saved them and awaits its backward.
+                # What is traced knows no `data`, and would write into a constant.
                 target = target.data
             with contextlib.nullcontext() if self.nested else torch.no_grad():
                 (target if self.nested else _compat.writable(target)).copy_(value)

@@ -99,6 +99,9 @@ def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: 
 
     @functools.wraps(fn)
     def rematerialised(*args: Any, **kwargs: Any) -> Any:
+        # An exported program is one of values: it has no backward to compute anything again in.
+        if torch.compiler.is_exporting():
+            return fn(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             if keeps_all or _compat.functorch_active() or _compat.forward_ad_active():
                 return fn(*args, **kwargs)
@@ -106,8 +109,7 @@ def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: 
         if _state.inline is not None:
             with _state.inline(policy):
                 return fn(*args, **kwargs)
-        # An exported program is one of values: it has no backward to compute anything again in.
-        if keeps_all or not torch.is_grad_enabled() or _compat.forward_ad_active() or torch.compiler.is_exporting():
+        if keeps_all or not torch.is_grad_enabled() or _compat.forward_ad_active():
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,42 @@
+"""Lifted modules in programs that others record: torch.export, make_fx, torch.jit.trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import torchlift
+
+
+class Block(nn.Module):
+    def __init__(self, size=4):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(size, size), nn.BatchNorm1d(size)
+
+    def forward(self, x):
+        return self.norm(self.linear(x)).relu()
+
+
+POLICY = torchlift.checkpoint_policies.dots_saveable
+LIFTED = {
+    "remat": lambda: torchlift.remat(Block)(),
+    "a policy": lambda: torchlift.remat(Block, policy=POLICY)(),
+    "vmap": lambda: torchlift.vmap(Block, variable_axes={True: 0}, in_axes=None, axis_size=2)(),
+    "scan_layers": lambda: torchlift.scan_layers([Block() for _ in range(2)], compile=False),
+    "compiled layers": lambda: torchlift.scan_layers([Block() for _ in range(2)], compile={"backend": "aot_eager"}),
+    "layers again": lambda: torchlift.scan_layers([Block() for _ in range(2)], remat=True, compile=False),
+}
+CASES = [(name, strict) for name in LIFTED for strict in (False, True) if not (strict and "layers" in name)]
+
+
+@pytest.mark.parametrize(("name", "strict"), CASES)
+def test_an_exported_program_writes_batch_statistics(name, strict):
+    module, x = LIFTED[name](), torch.randn(3, 4)
+    plain = copy.deepcopy(module)
+    program = torch.export.export(module, (x,), strict=strict).module()
+    for _ in range(2):
+        torch.testing.assert_close(program(x), plain(x))
+    state = program.state_dict()
+    for key, expected in plain.state_dict().items():
+        torch.testing.assert_close(state[key], expected)
