@@ -40,3 +40,16 @@ def test_an_exported_program_writes_batch_statistics(name, strict):
     state = program.state_dict()
     for key, expected in plain.state_dict().items():
         torch.testing.assert_close(state[key], expected)
+
+
+@pytest.mark.parametrize("name", ["remat", "a policy", "layers again"])
+def test_a_recorded_remat_is_its_operators(name):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module, x = LIFTED[name]().eval(), torch.randn(3, 4, requires_grad=True)
+
+    def gradient(x):
+        return torch.autograd.grad(module(x).square().sum(), x)[0]
+
+    for fn in (module, gradient):
+        torch.testing.assert_close(make_fx(fn)(x)(x), fn(x))

@@ -109,7 +109,9 @@ def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: 
         if _state.inline is not None:
             with _state.inline(policy):
                 return fn(*args, **kwargs)
-        if keeps_all or not torch.is_grad_enabled() or _compat.forward_ad_active():
+        # Nor is a recording (``make_fx``) more than the operators, but inside transforms, whose own are among them.
+        recorded = _compat.is_recording() and not _compat.functorch_active()
+        if keeps_all or recorded or not torch.is_grad_enabled() or _compat.forward_ad_active():
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
