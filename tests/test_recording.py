@@ -53,3 +53,16 @@ def test_a_recorded_remat_is_its_operators(name):
 
     for fn in (module, gradient):
         torch.testing.assert_close(make_fx(fn)(x)(x), fn(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("in_axes", "size"), [(None, 2), (0, 2), (0, None)])
+def test_vmap_in_a_torchscript_trace(in_axes, size):
+    """There sizes are tensors."""
+    many = torchlift.vmap(nn.Linear, variable_axes={"params": 0}, in_axes=in_axes, axis_size=size)(4, 4)
+    x = torch.randn(2, 3, 4)
+    expected = many(x)
+    torch.testing.assert_close(torch.jit.trace(many, x)(x), expected)
+    if size is not None:
+        with pytest.raises(torchlift.AxisError, match=r"sizes of the mapped axis disagree.*axis_size: 2"):
+            torch.jit.trace(torchlift.vmap(nn.Linear, in_axes=0, axis_size=2)(4, 4), torch.randn(3, 4))

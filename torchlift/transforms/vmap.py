@@ -147,14 +147,14 @@ class _Vmap(Transform):
                 raise AxisError(
                     f"{label}: {name} has shape {tuple(tensor.shape)}, which has no axis {axis}{_by_position(name)}"
                 )
-            sizes.append(tensor.shape[axis])
+            sizes.append(_extent(tensor, axis))
         if not sizes:
             raise AxisError(f"{label}: nothing has a mapped axis, so the size is not known; pass axis_size=")
         if len(set(sizes)) > 1:
             found = [f"axis_size: {self.axis_size}"] if self.axis_size is not None else []
-            counts = Counter(tensor.shape[axis] for tensor, axis, what in mapped if not isinstance(what, int))
+            counts = Counter(_extent(tensor, axis) for tensor, axis, what in mapped if not isinstance(what, int))
             for tensor, axis, what in mapped:  # all arguments, but of the variables of one size only the first
-                size = tensor.shape[axis]
+                size = _extent(tensor, axis)
                 others = 0 if isinstance(what, int) else counts.pop(size, 0) - 1
                 if others >= 0:
                     more = f" and {others} more in the module" if others else ""
@@ -164,6 +164,12 @@ class _Vmap(Transform):
                 f"{label}: the sizes of the mapped axis disagree, expected one: {listed}{_by_position(listed)}"
             )
         return sizes[0]
+
+
+def _extent(tensor: Tensor, axis: int) -> int:
+    """A size, as a number also where ``torch.jit.trace`` has tensors for sizes."""
+    size: Any = tensor.shape[axis]
+    return int(size) if isinstance(size, Tensor) else size
 
 
 def _named(what: Any, names: Callable[[], list[str]]) -> str:
