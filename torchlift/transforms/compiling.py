@@ -63,6 +63,9 @@ def fleshed(tree: Any) -> Any:
     return _tree.map_leaves(lambda leaf: torch.empty(()) if isinstance(leaf, str) and leaf == _TENSOR else leaf, tree)
 
 
+_READ_ALONG = (Tensor, nn.Module, type, list, tuple, dict, set, frozenset)  # by the walk through what modules hold
+
+
 def settings(modules: Sequence[nn.Module]) -> tuple[bool | str, ...]:
     """The flags and words among the attributes of modules, and of objects that these hold.
 
@@ -78,7 +81,7 @@ def settings(modules: Sequence[nn.Module]) -> tuple[bool | str, ...]:
                 continue
             if type(value) in (bool, str):
                 found.append(value)
-            elif type(value) in SCALARS or isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+            elif type(value) in SCALARS or isinstance(value, _READ_ALONG) or callable(value):
                 continue
             elif hasattr(value, "__dict__") and not any(value is other for other in seen):
                 seen.append(value)
