@@ -112,14 +112,15 @@ def test_set_collection():
     assert set(variables(module, "ema")["ema"]) == {"norm.0.running_mean"}
 
 
-@pytest.mark.parametrize("name", ["p", "inner.q"])
-def test_set_collection_of_a_buffer_with_several_names(name):
+@pytest.mark.parametrize("names", [["p"], ["inner.q"], ["p", "inner.q"]])
+def test_set_collection_of_a_buffer_with_several_names(names):
     module = nn.Module()
     module.inner = nn.Module()
     module.register_buffer("p", torch.ones(2))
     module.inner.register_buffer("q", module.p)
-    set_collection(module, "ema", name)
-    assert set(variables(module)) == {"ema"} and set(variables(module.inner)) == {"ema"}
+    set_collection(module, "ema", *names)
+    assert set(variables(module)) == {"ema" if "p" in names else "buffers"}
+    assert set(variables(module.inner)) == {"ema" if "inner.q" in names else "buffers"}
 
 
 @pytest.mark.parametrize(

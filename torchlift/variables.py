@@ -233,8 +233,7 @@ def set_collection(module: nn.Module, collection: str, *buffer_names: str) -> nn
         >>> sorted(torchlift.variables(norm, "ema")["ema"])
         ['running_mean', 'running_var']
     """
-    found = dict(module.named_buffers(remove_duplicate=False))
-    known = list(found)
+    known = [name for name, _ in module.named_buffers(remove_duplicate=False)]
     for name in buffer_names:
         if name not in known or collection == PARAMS:
             raise VariableNameError(
@@ -245,11 +244,9 @@ def set_collection(module: nn.Module, collection: str, *buffer_names: str) -> nn
                     else "'params' holds parameters only; make it an nn.Parameter"
                 )
             )
-    chosen = [found[name] for name in buffer_names]
-    for name, tensor in found.items():
-        if any(tensor is other for other in chosen):
-            path, _, key = name.rpartition(".")
-            assign_collection(module.get_submodule(path), key, collection)
+    for name in buffer_names:
+        path, _, key = name.rpartition(".")
+        assign_collection(module.get_submodule(path), key, collection)
     return module
 
 
