@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchlift
-from torchlift import IterationError, OptionError
+from torchlift import CarryError, IterationError, OptionError
 
 
 def run(body: Any, **options: Any) -> Any:
@@ -52,6 +52,30 @@ def test_lengths_of_layers() -> None:
 def test_ys_that_cannot_be_stacked(y: Any, match: str) -> None:
     with pytest.raises(IterationError, match=match):
         run(lambda m, carry, x: (m(carry), y(x)))
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["plain", "compiled"])
+@pytest.mark.parametrize(("value", "got"), [(torch.zeros(2), r"float32 \[2\]"), (torch.tensor(1), r"int64 \[\]")])
+def test_a_carried_variable_stays_as_it_is(value: Tensor, got: str, compile: Any) -> None:
+    module = nn.Sequential(nn.Identity())
+    module.register_buffer("first", torch.zeros(2))
+    module[0].register_buffer("n", torch.zeros(()))
+
+    def write(m: Any, carry: Tensor) -> Tensor:
+        m[0].n = value
+        return carry
+
+    options: Any = {"variable_carry": "buffers", "compile": compile}
+    expected = (
+        rf"'0\.n' in 'buffers', which is carried, changed: got torch.{got}, expected torch.float32 \[\], as before"
+    )
+    with pytest.raises(CarryError, match=rf"^scan\(.*: {expected} the loop; write a value like that, or declare"):
+        torchlift.scan(lambda m, c, x: (write(m, c), x), **options)(module, torch.ones(2), xs)
+    with pytest.raises(CarryError, match=rf"^remat_scan\(.*: {expected}"):
+        torchlift.remat_scan(write, (2,), variable_broadcast="params", variable_axes={}, **options)(
+            module, torch.ones(2)
+        )
+    assert module[0].n.shape == ()
 
 
 class Sometimes(nn.Module):

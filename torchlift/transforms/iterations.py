@@ -154,6 +154,13 @@ class Iterations:
                     "variables that were there before; declare it before the loop"
                 )
             if change.entry in state:
+                if not _fits(value, old := tensors[change.entry]):
+                    name = self.packed.entries[change.entry].name
+                    raise CarryError(
+                        f"{self.label}: {name!r} in {change.collection!r}, which is carried, changed: got "
+                        f"{_described(value)}, expected {_described(old)}, as before the loop; write a value "
+                        "like that, or declare the variable as what it becomes"
+                    )
                 state[change.entry] = value
                 carried.append(change)
             else:
@@ -317,9 +324,7 @@ class Iterations:
         ]
         carried = [state[self.carried.index(change.entry)] for change in static.carried]
         values = _tree.unflatten(sown, static.sown)
-        sown = [
-            self._sown(value, site.collection) for value, site in zip(values, static.meta.sites, strict=True)
-        ]  # fmt: skip
+        sown = [self._sown(value, site.collection) for value, site in zip(values, static.meta.sites, strict=True)]
         meta = Meta((*static.meta.changes, *static.carried), static.meta.sites)
         self.packed.publish(Update([*changed, *carried], sown, meta))
 
