@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchlift import metadata, rng
-from torchlift.errors import AxisError, StateDictError
+from torchlift import _tree, metadata, rng
+from torchlift.errors import ArgumentError, AxisError, StateDictError
 from torchlift.references import become
 from torchlift.stacking import (
     PENDING,
@@ -26,7 +26,7 @@ from torchlift.stacking import (
     module_at,
     sizes_of,
 )
-from torchlift.variables import UninitializedTensor, uninitialised_like
+from torchlift.variables import UninitializedTensor, own_tensors, uninitialised_like
 
 
 def members(base: type[nn.Module], how: Stacking) -> dict[str, Any]:
@@ -101,7 +101,23 @@ def _built(base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> Iter
     while True:
         if not split:
             rng.write_states(start)
-        yield base(*args, **kwargs)
+        yield _build(base, args, kwargs, how)
+
+
+def _build(base: type[nn.Module], args: Any, kwargs: Any, how: Stacking) -> nn.Module:
+    """One instance of ``base``, which has no module of the caller's: all others would have the very same."""
+    module = base(*args, **kwargs)
+    given = dict(zip(_tree.argument_names(args, kwargs), _tree.flatten((args, kwargs))[0], strict=True))
+    theirs = {id(m): name for name, leaf in given.items() if isinstance(leaf, nn.Module) for m in leaf.modules()}
+    for path, inner in module.named_modules() if theirs else ():
+        stacked = any(how.axis(inner, store, key) is not None for store, key, _ in own_tensors(inner))
+        if stacked and id(inner) in theirs:
+            raise ArgumentError(
+                f"{how.label}: the module that {theirs[id(inner)]} brings would be {path!r} of each module that is "
+                f"stacked, expected each to have its own: construct it in __init__, or stack what you construct with "
+                "copies of it: from_modules([...])"
+            )
+    return module
 
 
 # Size not known yet --------------------------------------------------------------------------------------------------
@@ -111,7 +127,7 @@ def _postpone(stack: nn.Module, base: type[nn.Module], args: Any, kwargs: Any, h
     """NOTE [Lazy size]. As torch's lazy modules: the parameters exist, uninitialised, so that an optimizer may hold
     them; the first call or ``load_state_dict`` tells the size, and then each index is built."""
     before = rng.default_states()
-    one = base(*args, **kwargs)
+    one = _build(base, args, kwargs, how)
     rng.write_states(before)  # it is there for its names only: the stack's own construction draws
     become(stack, one)
     how.change_metadata(metadata.added, one)
