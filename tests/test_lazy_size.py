@@ -120,3 +120,14 @@ def test_what_is_no_list_of_modules_is_refused(name):
         NO_MODULES[name](nn.Linear(2, 2))
     with pytest.raises(TransformTargetError, match="module 1 is the class Linear, expected an nn.Module"):
         NO_MODULES[name]([nn.Linear(2, 2), nn.Linear])
+
+
+def test_lazy_modules_of_torch_are_no_layers_before_they_are_called():
+    layers = [nn.Sequential(nn.LazyLinear(4), nn.Tanh()) for _ in range(2)]
+    layers[0](torch.ones(2, 4))
+    with pytest.raises(
+        UnsupportedError, match=r"scan_layers\(Sequential\): '0.weight' of layer 1 is not initialised yet"
+    ):
+        torchlift.scan_layers(layers)
+    layers[1](torch.ones(2, 4))
+    assert torchlift.scan_layers(layers, compile=False)(torch.ones(2, 4)).shape == (2, 4)

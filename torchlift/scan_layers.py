@@ -31,7 +31,7 @@ from torchlift.errors import (
 )
 from torchlift.layer_calls import LayersCall, call_layer, carried_by
 from torchlift.scanned import Scanned, scanned_places
-from torchlift.stacking import listed
+from torchlift.stacking import check_initialised, listed, located
 from torchlift.transforms.compiling import Static, constant, fleshed, out_of_graph, register, skeleton, static_of, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
 from torchlift.transforms.profiling import names_of, traced_names, traced_names_within
@@ -97,6 +97,9 @@ class ScanLayers(nn.ModuleList):
 
     def check(self) -> None:
         """Refuses layers that differ in more than their tensors' values and ``scanned_attributes``."""
+        for index, layer in enumerate(self):
+            for name, *_, tensor in located(layer):
+                check_initialised(tensor, f"{self.label}: {name!r} of layer {index}")
         check_alike(self.label, list(self), self.scanned_attributes)
 
     @_compat.outside_of_graphs
@@ -414,6 +417,7 @@ def scan_layers(
     Raises:
         TransformTargetError: what is given are no modules.
         LayerMismatchError: a layer differs from the first; the message says in what.
+        UnsupportedError: a layer is one of torch's lazy modules that has not been called yet.
 
     Example:
         >>> blocks = torchlift.scan_layers([torch.nn.Linear(4, 4) for _ in range(6)], compile=False)

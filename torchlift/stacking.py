@@ -119,7 +119,7 @@ def check_initialised(tensor: Tensor, where: str) -> None:
     if isinstance(tensor, UninitializedTensor):
         raise UnsupportedError(
             f"{where} is not initialised yet, expected a tensor with a shape: give the sizes to a module that is not "
-            "lazy, or call a lazy one once before it is stacked"
+            "lazy, or call a lazy one once before it is stacked or run as a layer"
         )
 
 
