@@ -8,7 +8,7 @@ import inspect
 import io
 import pickle
 import warnings
-from typing import Any
+from typing import Any, Generic, Optional, TypeVar
 
 import pytest
 import torch
@@ -19,6 +19,13 @@ from torchlift import Variable, remat, remat_scan, scan, variable, vmap
 from torchlift.errors import TransformedMethodReturnValueError, TransformTargetError, UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+T = TypeVar("T")
+
+
+class Typed(nn.Linear, Generic[T]):
+    pass
 
 
 class Block(nn.Module):
@@ -392,3 +399,13 @@ def test_keyword_arguments_may_have_any_name(name):
         "scan_layers": lambda: torchlift.scan_layers([layer], compile=False)(x, **extra),
     }[name]
     torch.testing.assert_close(way(), nn.Linear.forward(layer, x) + len(extra))
+
+
+def test_the_parameters_of_a_generic_class_are_for_type_checkers():
+    assert remat(Typed[int]) is remat(Typed)
+    heads = vmap(functools.partial(Typed[int], 3), variable_axes={"params": 0}, in_axes=None, axis_size=2)(4)
+    assert heads(torch.ones(5, 3)).shape == (2, 5, 4) and isinstance(heads, Typed)
+    assert pickle.loads(pickle.dumps(heads)).weight.shape == (2, 4, 3)
+    for alias in (list[int], Optional[nn.Linear]):  # noqa: UP045  not what `|` makes
+        with pytest.raises(TransformTargetError, match="remat: got .*, expected an nn.Module subclass"):
+            remat(alias)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import types
+import typing
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -70,6 +71,7 @@ def lift(make: Callable[..., Transform], target: Target, arguments: dict[str, An
     name = make.__name__.lower().strip("_")
     if target is None:
         return functools.partial(lift, make, arguments=arguments, methods=methods)
+    target = _without_parameters(target)
     instance = target.func if isinstance(target, functools.partial) else target
     if isinstance(instance, nn.Module):
         cls = type(instance).__name__
@@ -77,12 +79,12 @@ def lift(make: Callable[..., Transform], target: Target, arguments: dict[str, An
             f"{name}: got an instance of {cls}, expected its class or a function; write {name}({cls}, ...)(...) for a "
             f"new module, {name}(lambda m, *args: m(*args), ...)(module, ...) for one call of this module"
         )
-    if isinstance(target, functools.partial) and is_module_class(target.func):
+    if isinstance(target, functools.partial) and is_module_class(_without_parameters(target.func)):
         lifted = lift(make, target.func, arguments, methods)
         return functools.partial(lifted, *target.args, **target.keywords)
     if is_module_class(target):
         return lift_class(make, target, arguments, methods)
-    if isinstance(target, type) or not callable(target):
+    if isinstance(target, type) or not callable(target) or typing.get_origin(target) is not None:
         raise TransformTargetError(
             f"{name}: got {target!r}, expected an nn.Module subclass, a functools.partial of one, or a function whose "
             "first argument is a module"
@@ -92,6 +94,12 @@ def lift(make: Callable[..., Transform], target: Target, arguments: dict[str, An
 
 def is_module_class(target: Any) -> bool:
     return isinstance(target, type) and issubclass(target, nn.Module)
+
+
+def _without_parameters(target: Any) -> Any:
+    """The class of a generic module class with parameters, ``Stack[int]``, which is none itself; others as they are."""
+    origin = typing.get_origin(target)
+    return origin if is_module_class(origin) else target
 
 
 def _name_of(target: Any) -> str:
