@@ -8,7 +8,7 @@ from torch import nn
 from ways import AOT
 
 import torchlift
-from torchlift import broadcast, checkpoint_policies, remat_scan, scan, scan_layers
+from torchlift import broadcast, checkpoint_policies, lifting, remat_scan, scan, scan_layers
 from torchlift.engine.run import last_report
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -200,3 +200,10 @@ def test_a_decorated_method_runs_inside_another_transform_in_compiled_code(inner
     torch.testing.assert_close(compiled(module, x), expected, rtol=1e-12, atol=1e-12)
     lifted = torchlift.jit(AROUND[outer], backend="aot_eager")
     torch.testing.assert_close(lifted(module, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_lifted_function_is_compiled_in_a_process_that_it_was_sent_to(monkeypatch):
+    run, module, x = torchlift.remat(lambda m, x: m(x).sin()), nn.Linear(SIZE, SIZE), torch.randn(SIZE)
+    monkeypatch.setattr(lifting, "_transforms", {})
+    compiled = torch.compile(lambda x: run(module, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x).sin(), rtol=1e-12, atol=1e-12)

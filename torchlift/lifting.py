@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import types
 import typing
+import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -144,7 +144,6 @@ def lift_function(transform: Transform, target: Callable[..., Any]) -> Callable[
 # be walking the dict.
 _transforms: dict[str, weakref.ref[Transform]] = {}
 _gone: list[str] = []
-_numbers = itertools.count()
 
 
 def _found_by_name(transform: Transform) -> Callable[[], Any]:
@@ -154,10 +153,15 @@ def _found_by_name(transform: Transform) -> Callable[[], Any]:
         return held
     while _gone:
         _transforms.pop(_gone.pop())
-    held.__name__ = name = str(next(_numbers))
+    held.__name__ = name = uuid.uuid4().hex  # another process, which was sent the function, has names of its own
     _transforms[name] = weakref.ref(transform)
     weakref.finalize(transform, _gone.append, name)
-    return lambda: _transforms[held.__name__]()
+    return lambda: _look_up(held) if _compat.is_compiling() else held()
+
+
+def _look_up(held: Callable[[], Transform]) -> Any:
+    found = _transforms.get(held.__name__)
+    return held() if found is None else found()
 
 
 def _lookout(transform: Transform, label: str) -> Callable[..., None]:
