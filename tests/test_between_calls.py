@@ -167,6 +167,18 @@ def test_hooks_of_all_modules(compile):
             handle.remove()
 
 
+def test_a_capture_hooks_modules_and_leaves_loops_compiled():
+    class Sows(nn.Linear):
+        def forward(self, x):
+            torchlift.sow(self, "intermediates", "x", x)
+            return super().forward(x), None
+
+    scan = torchlift.scan(Sows, {"params": 0}, length=3, compile=EAGER_GRAPHS)(4, 4)
+    with torchlift.capture("intermediates") as store:
+        scan(torch.randn(2, 4))
+    assert last_report().path == "compiled" and store["intermediates"]["x"][0].shape == (3, 2, 4)
+
+
 @pytest.mark.parametrize("compile", WAYS)
 def test_cached_parametrizations(compile):
     class Tanh(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.module import _has_any_global_hook as has_global_hooks  # noqa: F401
+from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -25,6 +25,17 @@ try:
     from torch.distributed.device_mesh import _mesh_resources
 except ImportError:  # a build without torch.distributed
     _mesh_resources = None  # type: ignore[assignment]
+
+
+_HOOKS = [
+    getattr(nn_module, f"_global_{kind}_hooks") for kind in ("forward_pre", "forward", "backward_pre", "backward")
+]
+
+
+def has_global_hooks() -> bool:
+    """Whether any hooks are called for all modules, beside those of ``torchlift.capture``, which tell only names."""
+    found = [hook for hooks in _HOOKS if hooks for hook in hooks.values()]
+    return any(not getattr(hook, "__module__", "").startswith("torchlift.") for hook in found)
 
 
 def parametrizations_are_cached() -> bool:
