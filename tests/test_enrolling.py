@@ -365,17 +365,10 @@ def test_a_graph_that_is_not_compiled_serves_the_next_model() -> None:
         gc.collect()
 
 
-class Slotted:
-    __slots__ = ("p",)
-
-    def __init__(self, p: float):
-        self.p = p
-
-
 def test_what_only_an_address_tells_is_an_input_of_the_graph() -> None:
     model = Model()
     for block in model.blocks:
-        block.settings = Slotted(0.1)
+        block.settings = object()
     assert model.blocks.enrolment == ("",)
     model = Model()
     for block in model.blocks:
