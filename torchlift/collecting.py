@@ -11,23 +11,11 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
-from torchlift.nodes import (
-    COMPILED_CALL,
-    HOOKS,
-    INTERNALS,
-    SCALARS,
-    Entry,
-    Method,
-    Node,
-    Place,
-    remember,
-    remembered,
-)
+from torchlift.nodes import COMPILED_CALL, HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
 from torchlift.references import Container, elements
 from torchlift.unread import Unread
 from torchlift.variables import AT, ATTRIBUTE, PARAMS, UninitializedTensor, Variable, collection_of, outer_place
 
-STACK = "_torchlift_stack"  # in the __dict__ of what stack_modules made: how
 INSIDE = "_torchlift_inside"  # in the __dict__ of a bound module: the lifted classes whose methods run unlifted on it
 _IDLE = "_torchlift_idle"  # an attribute of hooks that do nothing in a body
 CONTAINERS = (list, dict, set, collections.deque)
@@ -292,9 +280,6 @@ class Collected:
             fields[AT] = (node.root, node.path, places[node.root])
             if COMPILED_CALL in fields:
                 del fields[COMPILED_CALL]
-            if STACK in fields:
-                for key in [key for key, value in fields.items() if type(value) is Method]:
-                    del fields[key]
             for store, key, index in node.tensors:
                 if index in hidden:
                     del fields[store][key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import types
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,30 +15,7 @@ from torch import Tensor, nn
 from torchlift import _compat
 from torchlift.variables import AT, ATTRIBUTE
 
-
-class Method:
-    """A method that one module has and its class has not. No body sees it.
-
-    NOTE [Methods]. For whoever looks at what a module keeps it is a plain value, without the module that it is of: one
-    that is not followed, is no news, and of which a key holds the class only. Hence it equals nothing, nor differs.
-    """
-
-    __slots__ = ("fn", "module", "name")
-
-    def __init__(self, fn: Callable[..., Any], module: nn.Module, name: str):
-        self.fn, self.module, self.name = fn, module, name
-
-    def __call__(self, *args: Any) -> Any:
-        return self.fn(self.module, self.name, *args)
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    def __ne__(self, other: object) -> bool:
-        return False
-
-
-SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex, Method))
+SCALARS = frozenset((bool, int, float, str, bytes, type(None), complex))
 ATOMS: tuple[Any, ...] = (*SCALARS, torch.dtype, torch.device, torch.Size, slice, range)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STORES = ("_parameters", "_buffers")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchlift import fingerprint, metadata, references
-from torchlift.collecting import STACK, idle_in_bodies
+from torchlift.collecting import idle_in_bodies
 from torchlift.errors import (
     AxisError,
     LayerMismatchError,
@@ -20,7 +20,6 @@ from torchlift.errors import (
     UnsupportedError,
 )
 from torchlift.groups import Groups
-from torchlift.nodes import Method
 from torchlift.variables import AT, WRAPPED, UninitializedTensor, class_of, collection_of, own_tensors
 
 PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
@@ -239,12 +238,6 @@ def module_at(stack: nn.Module, base: type[nn.Module], index: int, how: Stacking
         memo.update({id(v): v for v in owner.__dict__.values() if isinstance(v, Tensor) and id(v) not in memo})
     object.__setattr__(module, "__dict__", copy.deepcopy(stack.__dict__, memo))
     references.relink(module, memo)
-    if module.__dict__.pop(STACK, None) is not None:
-        for name, value in [*module.__dict__.items()]:
-            if type(value) is Method:
-                del module.__dict__[name]
-        hooks = module.__dict__["_forward_pre_hooks"]
-        module.__dict__["_forward_pre_hooks"] = type(hooks)((k, h) for k, h in hooks.items() if h is not _refuse_call)
     how.change_metadata(metadata.removed, module)
     return module
 
@@ -306,7 +299,7 @@ def stack_modules(modules: Iterable[nn.Module], axis: int = 0) -> nn.Module:
 
     Returns:
         A module of their class with stacked tensors. It cannot be called directly: its class's ``forward`` knows
-        nothing of the axis. Its ``apply`` and ``reset_parameters`` work on each module by itself.
+        nothing of the axis.
 
     Raises:
         TransformTargetError: what is given are no modules.
@@ -327,18 +320,9 @@ def stack_modules(modules: Iterable[nn.Module], axis: int = 0) -> nn.Module:
     stack = copy.copy(given[0])
     how = Stacking(Groups("stack_modules", {True: axis}), (len(given),))
     fill(stack, iter([copied(given[0]), *given[1:]]), (len(given),), how)
-    stack.__dict__[STACK] = how
+    stack.__dict__["_torchlift_stack"] = how
     stack.register_forward_pre_hook(_refuse_call)
-    for name in ("apply", "reset_parameters"):
-        if hasattr(stack, name) and (name not in stack.__dict__ or type(stack.__dict__[name]) is Method):
-            stack.__dict__[name] = Method(_each, stack, name)
     return stack
-
-
-def _each(stack: nn.Module, name: str, *args: Any) -> Any:
-    """A method of each module by itself: an initialiser sees the shapes of one."""
-    map_indices(stack, type(stack), stack.__dict__[STACK], lambda module: getattr(module, name)(*args))
-    return stack if name == "apply" else None
 
 
 @idle_in_bodies
@@ -369,11 +353,17 @@ def unstack_modules(stack: nn.Module) -> list[nn.Module]:
         >>> all(torch.equal(a.weight, b.weight) for a, b in zip(layers, again))
         True
     """
-    how = getattr(stack, STACK, None)
+    how = getattr(stack, "_torchlift_stack", None)
     if how is None:
         raise StackedModuleError(
             f"unstack_modules: got a {type(stack).__name__}, expected what stack_modules returned; an instance of a "
             "lifted class has to_modules()"
         )
-    count = math.prod(sizes_of(stack, how))
-    return [module_at(stack, type(stack), index, how, share=False) for index in range(count)]
+    modules = []
+    for index in range(math.prod(sizes_of(stack, how))):
+        module = module_at(stack, type(stack), index, how, share=False)
+        del module.__dict__["_torchlift_stack"]
+        hooks = module.__dict__["_forward_pre_hooks"]
+        module.__dict__["_forward_pre_hooks"] = type(hooks)((k, h) for k, h in hooks.items() if h is not _refuse_call)
+        modules.append(module)
+    return modules
