@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import threading
+import weakref
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -76,6 +80,27 @@ def test_a_scan_in_a_graph_follows_its_module(compile):
     scan.norm.eval()
     inside(x)
     assert scan.norm.num_batches_tracked.tolist() == [2, 2, 2]
+
+
+ODD = {
+    "a logger": lambda: logging.getLogger("torchlift.test"),
+    "a weak reference": lambda: weakref.ref(MODULE),
+    "an event": threading.Event,
+    "a pattern": lambda: re.compile("a"),
+    "a module of Python": lambda: F,
+    "a lambda": lambda: lambda x: x,
+}
+
+
+@NEEDS_TRACING
+@pytest.mark.parametrize("what", ODD)
+def test_a_scan_in_a_graph_keeps_off_what_dynamo_cannot_ask(what):
+    scan = torchlift.scan(Cell, variable_broadcast="params", compile=EAGER_GRAPHS)(3, 3)
+    scan.odd = ODD[what]()
+    scan.settings = Settings()
+    scan.settings.odd = ODD[what]()
+    xs, start = torch.randn(4, 2, 3), torch.ones(2, 3)
+    torch.testing.assert_close(graph(scan)(start, xs), scan(start, xs))
 
 
 class Cell(nn.Linear):

@@ -34,8 +34,8 @@ _HOOKS = [
 
 def has_global_hooks() -> bool:
     """Whether any hooks are called for all modules, beside those of ``torchlift.capture``, which tell only names."""
-    found = [hook for hooks in _HOOKS if hooks for hook in hooks.values()]
-    return any(not getattr(hook, "__module__", "").startswith("torchlift.") for hook in found)
+    found = [hook for hooks in _HOOKS if hooks for hook in list(hooks.values())]  # other threads add and remove some
+    return any(not (getattr(hook, "__module__", None) or "").startswith("torchlift.") for hook in found)
 
 
 def parametrizations_are_cached() -> bool:
@@ -47,11 +47,12 @@ def uncached(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn`` without that cache, which is by the address of a module: those that bodies run on come and go."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        before = parametrize._cache_enabled
+        parametrize._cache_enabled -= before
         try:
             return fn(*args, **kwargs)
         finally:
-            parametrize._cache_enabled = before
+            parametrize._cache_enabled += before  # it is a count of all threads
 
     return run
 
@@ -130,6 +131,7 @@ def leave_to_python() -> None:
 
 leave_to_python._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, rather than trace it
 _left: list[bool] = []
+_FOLDER = __file__.removesuffix("_compat.py")
 
 
 def _leave(functions: list[Any]) -> None:
@@ -139,7 +141,8 @@ def _leave(functions: list[Any]) -> None:
     strategy = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
     for function in functions:
         code = getattr(getattr(function, "fget", function), "__code__", None)
-        codes = [] if code is None else [code]
+        # That of a decorator may be all the process's.
+        codes = [code] if code is not None and code.co_filename.startswith(_FOLDER) else []
         for code in codes:  # which grows: functions in functions
             set_code_exec_strategy(code, strategy)
             codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]

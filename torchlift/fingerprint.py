@@ -16,7 +16,7 @@ import inspect
 import types
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,9 @@ def opaque(leaves: Iterable[Any]) -> str | None:
     Its identity does not tell that content, and what a body puts there (into a cache of keys and values) is a tracer.
     """
     for leaf in leaves:
-        if not isinstance(leaf, _TOLD) and hasattr(leaf, "__dict__"):
+        if isinstance(leaf, _TOLD):
+            continue
+        if hasattr(leaf, "__dict__") or isinstance(leaf, Iterator) or _slots_of(leaf, type(leaf)):
             return (
                 f"an argument is a {type(leaf).__name__}, whose content compiled code would not see change; pass "
                 "tensors and numbers, or a dict, tuple or dataclass of them"
@@ -189,6 +191,8 @@ class _Reader:
             parts = (value.__defaults__, value.__kwdefaults__, *map(in_cell, value.__closure__ or ()))
             read = _of_modules_in(value)
             return ("function", value.__code__, self.all(parts), *_values(_names_read([value])), *read)
+        if kind.__module__.partition(".")[0] == "logging":  # a logger leads to all others there are
+            return (kind, value)
         fields = getattr(value, "__dict__", None) or _slots_of(value, kind)
         if fields and kind.__module__ != "builtins":
             self.objects += not _tree.is_node(value)
@@ -269,7 +273,10 @@ def _outline(value: Any, around: tuple[types.FunctionType, ...] = ()) -> Hashabl
         within = (*around, fn)
         wrapped = [function_in(in_cell(cell)) for cell in fn.__closure__ or ()]
         return (fn.__code__, *[_outline(f, within) for f in wrapped if f is not None and f not in within])
-    return of_value(value) if _is_plain(value) else type(value).__qualname__
+    if _is_plain(value):
+        with contextlib.suppress(UnsupportedError):
+            return of_value(value)
+    return type(value).__qualname__
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

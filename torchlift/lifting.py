@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -151,8 +152,9 @@ def _found_by_name(transform: Transform) -> Callable[[], Any]:
     held = lambda: transform
     if _compat.is_compiling():  # it was made in that code
         return held
-    while _gone:
-        _transforms.pop(_gone.pop())
+    with contextlib.suppress(IndexError):  # another thread may have dropped the last one
+        while _gone:
+            _transforms.pop(_gone.pop(), None)
     held.__name__ = name = uuid.uuid4().hex  # another process, which was sent the function, has names of its own
     _transforms[name] = weakref.ref(transform)
     weakref.finalize(transform, _gone.append, name)

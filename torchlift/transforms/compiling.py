@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree
 from torchlift.changes import Meta
+from torchlift.code import is_library
 from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
 from torchlift.engine.opaque import register_body
-from torchlift.nodes import INTERNALS, SCALARS
+from torchlift.nodes import INTERNALS, LONG, SCALARS
 from torchlift.variables import Variable
 
 # NOTE [Tokens]. In a captured graph, and as a constant that Dynamo takes, a string stands for what is static about the
@@ -63,30 +66,53 @@ def fleshed(tree: Any) -> Any:
     return _tree.map_leaves(lambda leaf: torch.empty(()) if isinstance(leaf, str) and leaf == _TENSOR else leaf, tree)
 
 
-_READ_ALONG = (Tensor, nn.Module, type, list, tuple, dict, set, frozenset)  # by the walk through what modules hold
-
-
 def settings(modules: Sequence[nn.Module]) -> tuple[bool | str, ...]:
-    """The flags and words among the attributes of modules, and of objects that these hold.
+    """The flags and words among the attributes of modules, and in objects that these hold.
 
     Dynamo traces anew for what it has read while it traced: of flags and words that were only collected no more than
     their type, of objects nothing.
     """
-    found: list[bool | str] = []
-    todo: list[Any] = [vars(module) for module in modules]
-    seen: list[Any] = []
-    while todo:
-        for key, value in todo.pop().items():
-            if key in INTERNALS:
-                continue
-            if type(value) in (bool, str):
-                found.append(value)
-            elif type(value) in SCALARS or isinstance(value, _READ_ALONG) or callable(value):
-                continue
-            elif hasattr(value, "__dict__") and not any(value is other for other in seen):
-                seen.append(value)
-                todo.append(vars(value))
+    found = [v for module in modules for k, v in vars(module).items() if k not in INTERNALS and type(v) in (bool, str)]
+    for at, names in _fields_of_objects(*modules):
+        value = modules[at]
+        for name in names:
+            value = getattr(value, name)
+        inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
+        found += [v for v in inner if type(v) in (bool, str)]  # asking for the type of a number is reading it
     return tuple(found)
+
+
+@torch.compiler.assume_constant_result
+def _fields_of_objects(*modules: nn.Module) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Where the plain fields are of the objects that modules keep: the module's number, and a name after the other.
+
+    Found by Python: of what else a module may keep, a logger, a lock or an array, Dynamo can ask next to nothing.
+    """
+    found: list[tuple[int, tuple[str, ...]]] = []
+    todo: list[tuple[int, tuple[str, ...], dict[str, Any]]] = [(at, (), vars(m)) for at, m in enumerate(modules)]
+    seen: set[int] = set()
+    while todo and len(found) < _FIELDS:
+        at, names, fields = todo.pop()
+        for name, value in fields.items():
+            inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
+            if names and len(inner) <= LONG and all(type(v) in SCALARS for v in inner):
+                found.append((at, (*names, name)))
+            elif name not in INTERNALS and id(value) not in seen and _is_settings(value):
+                seen.add(id(value))
+                todo.append((at, (*names, name), vars(value)))
+    return tuple(found)
+
+
+_FIELDS = 256  # of objects: each is a guard of the graph
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether a value is an object of some class of the user's, as configurations are."""
+    module = type(value).__module__.partition(".")[0]
+    known = module in sys.stdlib_module_names and type(value) is not types.SimpleNamespace
+    return not (known or is_library(module) or isinstance(value, (Tensor, nn.Module, type))) and hasattr(
+        value, "__dict__"
+    )
 
 
 def register(

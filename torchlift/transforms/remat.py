@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchlift import _compat, _tree, fingerprint, rng
@@ -44,11 +45,13 @@ class _Remat(Transform):
         )
 
         objects = [leaf for leaf in packed.leaves if fingerprint.opaque([leaf]) is not None]
-        found = Contents(objects, label) if objects and not _compat.is_compiling() else None
+        notes = objects and torch.is_grad_enabled() and not _compat.is_compiling()
+        contents = Contents(objects, label) if notes else None
 
         def run(tensors: Any, leaves: Any) -> Any:
             again = is_recomputing()
-            with entered(streams=begin) if again else entered(), found.again() if found and again else nullcontext():
+            as_before = contents.again() if contents and again else nullcontext()
+            with entered(streams=begin) if again else entered(), as_before:
                 out, update = packed.pure(tensors, packed.with_tensors(leaves))
             flat, spec = _tree.flatten((out, update.changed, update.sown))
             return flat, _Static(spec, update.meta)
@@ -59,6 +62,8 @@ class _Remat(Transform):
         once = _compat.is_compiling() and (context.captures or objects)
         body = run if once else checkpointed(run, self.policy, name=label)
         flat, static = body(packed.snapshot(), leaves)
+        if contents:
+            contents.ran()
         out, changed, sown = _tree.unflatten(flat, static.spec)
         packed.publish(Update(changed, sown, static.meta))
         return out
