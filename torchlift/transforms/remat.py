@@ -93,8 +93,8 @@ def checkpoint(
 
     The lifted counterpart of ``jax.checkpoint`` (and of ``flax.linen.remat``), also under the name ``remat``. Unlike
     ``torch.utils.checkpoint`` it works under ``torch.func.grad``, ``vjp`` and ``vmap``, and updates batch statistics
-    once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy. A call with an
-    argument that is an object with content of its own, as a cache of keys and values, is not computed again.
+    once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
+    An object among the arguments that the body fills, as a cache of keys and values, is found again as it was at first.
 
     Args:
         target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as
@@ -115,6 +115,7 @@ def checkpoint(
         ModifyCollectionError: the body changed a collection outside of ``variables``.
         RandomnessError: the body drew from a stream outside of ``rngs``.
         TransformTargetError: ``target`` is a module instance, or nothing that can be lifted.
+        UnsupportedError: the body wrote into a tensor in an object among the arguments.
 
     Example:
         >>> block = torchlift.remat(torch.nn.TransformerEncoderLayer)(8, 2, batch_first=True)
