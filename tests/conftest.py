@@ -39,6 +39,16 @@ def float64() -> Iterator[torch.dtype]:
     torch.set_default_dtype(before)
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test whose ``torch.compile`` is refused, by name, since this release of torch cannot do that, is skipped."""

@@ -173,12 +173,8 @@ def test_collectives_over_a_mesh_are_those_of_a_map(tmp_path):
 
 
 @pytest.fixture
-def mesh():
-    if not dist.is_available():
-        pytest.skip("this torch has no torch.distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.init_device_mesh("cpu", (1,), mesh_dim_names=("data",))
-    dist.destroy_process_group()
+def mesh(one_process):
+    return dist.init_device_mesh("cpu", (1,), mesh_dim_names=("data",))
 
 
 def test_a_dimension_counts_while_its_mesh_is_entered(mesh):
