@@ -18,7 +18,7 @@ from torchlift import _compat
 from torchlift.errors import UnsupportedError
 
 _WHOLE = (nn.Module, type, types.FunctionType, types.ModuleType, types.MethodType)  # not looked into
-MOST = 1_000  # things: to look at more would take as long as a small body
+_MOST = 1_000  # things: to look at more would take as long as a small body
 
 
 def _contents(objects: Iterable[Any]) -> tuple[dict[int, tuple[Any, Any]], list[tuple[Tensor, int]]]:
@@ -27,7 +27,7 @@ def _contents(objects: Iterable[Any]) -> tuple[dict[int, tuple[Any, Any]], list[
     tensors: list[tuple[Tensor, int]] = []
     seen: dict[int, Any] = {}  # with the things, whose ids are taken while they live
     todo = list(objects)
-    while todo and len(seen) <= MOST:
+    while todo and len(seen) <= _MOST:
         value = todo.pop()
         if isinstance(value, _WHOLE) or id(value) in seen:
             continue

@@ -111,19 +111,22 @@ def held(modules: Iterable[nn.Module]) -> set[int]:
     return set(reader.known)
 
 
-def opaque(leaves: Iterable[Any]) -> str | None:
-    """Why compiled code cannot have these as arguments, if it cannot: one of them is an object with content of its own.
+def opaques(leaves: Iterable[Any]) -> list[Any]:
+    """Those that are objects with content of their own, which their identity does not tell."""
+    others = [leaf for leaf in leaves if not isinstance(leaf, _TOLD)]
+    return [x for x in others if hasattr(x, "__dict__") or isinstance(x, Iterator) or _slots_of(x, type(x))]
 
-    Its identity does not tell that content, and what a body puts there (into a cache of keys and values) is a tracer.
+
+def opaque(leaves: Iterable[Any]) -> str | None:
+    """Why compiled code cannot have these as arguments, if it cannot: there are :func:`opaques` among them.
+
+    What a body puts into one of these (into a cache of keys and values) is a tracer.
     """
-    for leaf in leaves:
-        if isinstance(leaf, _TOLD):
-            continue
-        if hasattr(leaf, "__dict__") or isinstance(leaf, Iterator) or _slots_of(leaf, type(leaf)):
-            return (
-                f"an argument is a {type(leaf).__name__}, whose content compiled code would not see change; pass "
-                "tensors and numbers, or a dict, tuple or dataclass of them"
-            )
+    for leaf in opaques(leaves):
+        return (
+            f"an argument is a {type(leaf).__name__}, whose content compiled code would not see change; pass "
+            "tensors and numbers, or a dict, tuple or dataclass of them"
+        )
     return None
 
 

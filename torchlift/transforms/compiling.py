@@ -77,9 +77,13 @@ def settings(modules: Sequence[nn.Module]) -> tuple[bool | str, ...]:
         value = modules[at]
         for name in names:
             value = getattr(value, name)
-        inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
-        found += [v for v in inner if type(v) in (bool, str)]  # asking for the type of a number is reading it
+        found += [v for v in _inside(value) if type(v) in (bool, str)]  # asking for the type of a number is reading it
     return tuple(found)
+
+
+def _inside(value: Any) -> list[Any]:
+    """What is in a container, or a value by itself."""
+    return list(value.values()) if type(value) is dict else list(value) if type(value) in (list, tuple) else [value]
 
 
 @torch.compiler.assume_constant_result
@@ -94,7 +98,7 @@ def _fields_of_objects(*modules: nn.Module) -> tuple[tuple[int, tuple[str, ...]]
     while todo and len(found) < _FIELDS:
         at, names, fields = todo.pop()
         for name, value in fields.items():
-            inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
+            inner = _inside(value)
             if names and len(inner) <= LONG and all(type(v) in SCALARS for v in inner):
                 found.append((at, (*names, name)))
             elif name not in INTERNALS and id(value) not in seen and _is_settings(value):
@@ -109,10 +113,9 @@ _FIELDS = 256  # of objects: each is a guard of the graph
 def _is_settings(value: Any) -> bool:
     """Whether a value is an object of some class of the user's, as configurations are."""
     module = type(value).__module__.partition(".")[0]
-    known = module in sys.stdlib_module_names and type(value) is not types.SimpleNamespace
-    return not (known or is_library(module) or isinstance(value, (Tensor, nn.Module, type))) and hasattr(
-        value, "__dict__"
-    )
+    if isinstance(value, (Tensor, nn.Module, type)) or is_library(module) or not hasattr(value, "__dict__"):
+        return False
+    return module not in sys.stdlib_module_names or type(value) is types.SimpleNamespace
 
 
 def register(

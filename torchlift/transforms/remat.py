@@ -44,7 +44,7 @@ class _Remat(Transform):
             lambda stream: f"add {stream!r} to rngs=",
         )
 
-        objects = [leaf for leaf in packed.leaves if fingerprint.opaque([leaf]) is not None]
+        objects = fingerprint.opaques(packed.leaves)
         notes = objects and torch.is_grad_enabled() and not _compat.is_compiling()
         contents = Contents(objects, label) if notes else None
 

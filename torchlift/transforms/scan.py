@@ -170,12 +170,12 @@ def _runs_once(packed: Packed, label: str) -> bool:
     A carry that is an object, a cache, is another one in each iteration: what the body put into it is there when the
     nest runs again.
     """
-    found = [type(leaf).__name__ for leaf in packed.leaves if fingerprint.opaque([leaf]) is not None]
+    found = fingerprint.opaques(packed.leaves)
     if found and torch.is_grad_enabled() and not _compat.is_compiling():
         warn(
             f"{label}: intermediate values are kept, not computed again, and no memory is saved: an argument is a "
-            f"{found[0]}, which a recomputation would find as the body left it; pass tensors and numbers, or a dict, "
-            "tuple or dataclass of them",
+            f"{type(found[0]).__name__}, which a recomputation would find as the body left it; pass tensors and "
+            "numbers, or a dict, tuple or dataclass of them",
             TorchliftWarning,
         )
     return len(found) > 0
