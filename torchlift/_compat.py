@@ -10,9 +10,12 @@ import itertools
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -316,27 +319,50 @@ class Inductor:
         self.mode, self.options = mode, options
 
     def __enter__(self) -> Inductor:
-        from contextlib import ExitStack
-
         from torch._guards import TracingContext, tracing
         from torch._inductor import config
+        from torch._inductor.codecache import CppWrapperCodeCache
+        from torch._inductor.cpu_vec_isa import VecISA
         from torch._inductor.virtualized import V
 
-        self.stack = ExitStack()
+        self.stack = contextlib.ExitStack()
         self.stack.enter_context(V.set_fake_mode(self.mode))
         self.stack.enter_context(tracing(TracingContext(self.mode)))
-        self.stack.enter_context(config.patch(_optimism() | self.options))
+        optimism = _optimism()
+        self.stack.enter_context(config.patch(optimism | self.options))
+        if optimism:
+            self.stack.enter_context(patch.object(VecISA, "check_build", lambda self, code: True))
+        # The program of the forward is built while Inductor turns to the backward.
+        self.stack.enter_context(patch.object(CppWrapperCodeCache, "load_pybinding", self._build))
+        self.builders = self.stack.enter_context(ThreadPoolExecutor(2))
+        self.builds: list[Future[Any]] = []
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.stack.close()
 
+    def _build(self, *args: Any, **options: Any) -> Callable[..., Any]:
+        from torch._inductor.codecache import CppWrapperCodeCache
+
+        def build() -> Any:
+            return CppWrapperCodeCache.load_pybinding_async(*args, **options)()
+
+        future = self.builders.submit(contextvars.copy_context().run, build)
+        self.builds.append(future)
+        return lambda inputs: future.result()(inputs)
+
+    def finish(self) -> None:
+        """Waits for all that is built, and raises what went wrong."""
+        for future in self.builds:
+            future.result()
+
     def forward(
-        self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool, last: Any
+        self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool, last: Any, native: bool
     ) -> tuple[Callable[[list[Any]], Any], list[Any] | None]:
         """The compiled graph, called with a list that it empties, and its outputs' strides where they are known.
 
-        ``last``, if given, puts the kernels in another order; it has its ``content``, to be cached by.
+        ``last``, if given, puts the kernels in another order; it has its ``content``, to be cached by. With ``native``
+        it is called from C++.
         """
         from torch._guards import TracingContext
         from torch._inductor import config
@@ -350,25 +376,34 @@ class Inductor:
         order = {} if last is None else {**_passes(last), "reorder_for_peak_memory": False}
         with TracingContext.report_output_strides() as strides, torch.no_grad(), torch._C._DisableAutocast():
             with config.patch(order):
-                compiled = _inductor_compile(graph, inputs, is_inference=not train)
+                compiled = _inductor_compile(graph, inputs, native, is_inference=not train)
         return _boxed(compiled), strides
 
-    def backward(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[[list[Any]], Any]:
+    def backward(self, graph: torch.fx.GraphModule, inputs: list[Any], native: bool) -> Callable[[list[Any]], Any]:
         output = next(iter(reversed(graph.graph.nodes)))
         nodes = output.args[0]
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
         with torch.no_grad(), torch._C._DisableAutocast():
-            return _boxed(_inductor_compile(graph, inputs, is_backward=True))
+            return _boxed(_inductor_compile(graph, inputs, native, is_backward=True))
 
 
-def _inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any], **kind: Any) -> Callable[..., Any]:
+def _inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any], native: bool, **kind: Any) -> Callable[..., Any]:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner, get_cpp_wrapper_config
 
-    if not config.cpp_wrapper:
+    if not native and not config.cpp_wrapper:
         return compile_fx_inner(graph, inputs, **kind)
-    with config.patch(get_cpp_wrapper_config()):  # as an option alone it does nothing
+    # As an option alone it does nothing.
+    with config.patch(get_cpp_wrapper_config() | {"cpp_wrapper": True}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "CUTLASS backend")  # torch 2.12 tells of it even on a CPU
         return compile_fx_inner(graph, inputs, cpp_wrapper=True, **kind)
+
+
+def is_inductor_fallback(op: Any) -> bool:
+    """Whether Inductor calls ``op`` as torch has it, for want of a kernel of its own."""
+    from torch._inductor.lowering import fallbacks
+
+    return op in fallbacks
 
 
 def _passes(last: Any) -> dict[str, Any]:
@@ -405,17 +440,33 @@ def doubt_processor(error: Exception) -> bool:
     _doubted = True
     for asked in (cpu_vec_isa.valid_vec_isa_list, *(type(isa).__bool__ for isa in cpu_vec_isa.supported_vec_isa_list)):
         getattr(asked, "cache_clear", lambda: None)()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        for extra in [
+            name for name in vars(isa) if name.startswith("_is_")
+        ]:  # further sets, which it was taken to have
+            delattr(isa, extra)
     return True
 
 
+def failed_to_build(error: Exception) -> bool:
+    """Whether ``error`` came of Inductor or of the C++ compiler."""
+    from torch._inductor import exc
+
+    cause = getattr(error, "inner_exception", error)
+    return isinstance(error, exc.InductorError) or isinstance(cause, exc.CppCompileError | ImportError | OSError)
+
+
 @functools.cache
-def prepare_compiler() -> None:
-    """Has the header of Inductor's C++ kernels made while a body is captured: 3 s on a new machine."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
+def prepare_compiler(native: bool) -> None:
+    """Has the header of Inductor's C++ made while a body is captured: 4 s on a new machine."""
+    from torch._inductor import codecache
 
     def prepare() -> None:
         with contextlib.suppress(Exception):  # that there is no compiler, say: who compiles will hear of it
-            CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
+            if native:
+                codecache.CppWrapperCodeCache.load_pybinding_async([], "void inductor_entry_impl();", num_outputs=1)
+            else:
+                codecache.CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
 
     threading.Thread(target=contextvars.copy_context().run, args=(prepare,), daemon=True).start()
 

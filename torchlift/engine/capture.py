@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -273,7 +273,7 @@ def trace(
     with _quiet(), inline_remat(regions.enter), torch.set_grad_enabled(train):
         joint = _compat.joint_graph(flat, fakes, train, inductor)
     spans.tell(joint)
-    _require_no_lost_gradient(joint)
+    _require_whole(joint)
     count = len(seen.outputs)
     if join and len(seen.ys) > 1 and not seen.random:  # draws stay in their order, which a sorted graph may not keep
         join_products(joint, count)
@@ -287,8 +287,7 @@ def trace(
     for graph in (fw, bw):
         show_undrawn(graph)
     graphs = _wire(fw, bw, names[: len(fakes)], names[len(fakes) :], count, seen.requires_grad)
-    graphs.marks = spans.marks
-    return graphs
+    return replace(graphs, marks=spans.marks)
 
 
 def like_strided(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -312,8 +311,10 @@ def order_of(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
     return sorted(order) if telling == sorted(telling) else order
 
 
-def _require_no_lost_gradient(joint: torch.fx.GraphModule) -> None:
+def _require_whole(joint: torch.fx.GraphModule) -> None:
     for node in joint.graph.nodes:
+        if str(node.target) == "with_effects":  # and its tokens among inputs and outputs: torch.linalg raising errors
+            raise CaptureError(f"{node.args[1]} has an effect, which must come in order with those of other iterations")
         if node.op == "get_attr":
             value = getattr(joint, str(node.target), None)
             if isinstance(value, torch.Tensor) and value.requires_grad:

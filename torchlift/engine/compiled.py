@@ -321,15 +321,21 @@ def capture_program(
     request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool = False
 ) -> Variant:
     """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
-    try:
-        return _capture(request, dims, closures, shapes)
-    except Exception as error:
-        if not _compat.doubt_processor(error):
-            raise
-    return _capture(request, dims, closures, shapes)
+    native = True
+    while True:
+        try:
+            return _capture(request, dims, closures, shapes, native)
+        except Exception as error:
+            if _compat.doubt_processor(error):  # once
+                continue
+            if not native or not _compat.failed_to_build(error):
+                raise
+            native = False
 
 
-def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool) -> Variant:
+def _capture(
+    request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool, native: bool
+) -> Variant:
     symbolic = any(dims)
     train, signature = request.train, request.signature
     mode = _compat.new_fake_mode(symbolic)
@@ -343,7 +349,7 @@ def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.
     train = train and any(seen.requires_grad)
     with surroundings(mode, request.backend, seen.random) as inductor, inlining(request.loops_inline):
         if inductor is not None and any(t.device.type == "cpu" for t in request.tensors):
-            _compat.prepare_compiler()
+            _compat.prepare_compiler(request.backend.native is not False)
         graphs = capture.trace(
             fn,
             seen,
@@ -359,7 +365,7 @@ def _capture(request: Request, dims: list[frozenset[int]], closures: list[torch.
         saved = _saved_bytes(graphs)
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
-        fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes)
+        fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes, native=native)
         saved_orders = orders_of(graphs.bw_inputs, graphs.feeds, "saved")
     compilations[request.body.key] += 1
     program = Program(

@@ -12,6 +12,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.capture import Graphs, stride_order
 from torchlift.engine.gemm import use_onednn
+from torchlift.engine.native import is_native
 from torchlift.engine.spans import Placed, place
 from torchlift.errors import OptionError
 
@@ -47,6 +48,11 @@ class Backend:
         return self.name == "inductor"
 
     @property
+    def native(self) -> bool | None:
+        """Whether C++ is to call the kernels; None: where that serves."""
+        return dict(self.options).get("cpp_wrapper")
+
+    @property
     def exact(self) -> bool:
         """Whether the graphs run as they were traced, bit by bit what the loop computes."""
         return self.name in ("eager", "aot_eager")
@@ -69,11 +75,12 @@ def surroundings(mode: Any, backend: Backend, random: bool) -> AbstractContextMa
 
 
 def compile_graphs(
-    graphs: Graphs, mode: Any, backend: Backend, inductor: Any, dense: bool
+    graphs: Graphs, mode: Any, backend: Backend, inductor: Any, dense: bool, native: bool
 ) -> tuple[Boxed, Boxed | None]:
     """The forward and the backward of ``graphs``, ready to be called with a list of tensors.
 
     With ``dense`` backward takes saved values that were copied: without gaps, their dimensions in the order they had.
+    With ``native`` C++ may call the kernels, unless the options of the backend decide.
     """
     if graphs.marks:
         place(graphs.fw, graphs.marks, ahead=inductor is not None)
@@ -87,15 +94,22 @@ def compile_graphs(
     for graph in (graphs.fw, graphs.bw):
         if graph is not None:
             use_onednn(graph)
+    fw_native, bw_native = [
+        graph is not None and (native and is_native(graph) if backend.native is None else backend.native)
+        for graph in (graphs.fw, graphs.bw)
+    ]
     last = Placed(graphs.fw.graph) if graphs.marks else None
-    fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, graphs.bw is not None, last)
-    if graphs.bw is None:
-        return fw, None
-    if strides is not None:
-        _restride(graphs, strides)
-    if dense:
-        _make_dense(graphs, mode)
-    return fw, inductor.backward(graphs.bw, graphs.bw_inputs)
+    train = graphs.bw is not None
+    fw, strides = inductor.forward(graphs.fw, graphs.fw_inputs, graphs.outputs, train, last, fw_native)
+    bw = None
+    if graphs.bw is not None:
+        if strides is not None:
+            _restride(graphs, strides)
+        if dense:
+            _make_dense(graphs, mode)
+        bw = inductor.backward(graphs.bw, graphs.bw_inputs, bw_native)
+    inductor.finish()
+    return fw, bw
 
 
 def _restride(graphs: Graphs, strides: list[Any]) -> None:

@@ -1,0 +1,137 @@
+"""Graphs that are called from C++, and those that are not."""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import torchlift
+from torchlift import _compat
+from torchlift.engine import graphs, native
+from torchlift.errors import TorchliftCompileWarning
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Layer(nn.Module):
+    """A product, and what a function of it and of indices says."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.linear, self.fn = nn.Linear(4, 4), fn
+
+    def forward(self, x, *args):
+        return x + self.fn(self.linear(x), *args)
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """What was decided about the graphs that were compiled."""
+    found = []
+
+    def decide(graph):
+        found.append(native.is_native(graph))
+        return found[-1]
+
+    monkeypatch.setattr(graphs, "is_native", decide)
+    return found
+
+
+def trained(fn, args=(), compile=True, seed=0, x=X):
+    torch.manual_seed(seed)
+    layers = torchlift.scan_layers([Layer(fn) for _ in range(3)], compile=compile)
+    x = x.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TorchliftCompileWarning)
+        out = layers(x, *args)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *layers.parameters()])]
+
+
+SAME = {
+    "products and pointwise": lambda y: (y @ y.t()).softmax(-1) @ torch.nn.functional.gelu(y),
+    "normalized": lambda y: torch.nn.functional.layer_norm(y, (4,)),
+    "dropout": lambda y: torch.nn.functional.dropout(y, 0.5),
+    "attention": lambda y: torch.nn.functional.scaled_dot_product_attention(
+        y[None, None], y[None, None], y[None, None]
+    )[0, 0],
+    "parts": lambda y: torch.cat(y.flip(0).chunk(2, -1)[::-1], -1),
+}
+
+
+@pytest.mark.parametrize("fn", SAME.values(), ids=SAME)
+def test_native_graphs_compute_what_the_loop_computes(fn, decided):
+    torch._dynamo.reset()
+    expected, got = trained(fn, compile=False), trained(fn)
+    assert decided and all(decided)
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+PYTHON = {
+    "scatter_add": (lambda y, i: torch.zeros_like(y).scatter_add(0, i[:, None].expand(3, 4), y), True),
+    "index_put": (lambda y, i: torch.zeros_like(y).index_put((i,), y, accumulate=True), True),
+    "complex": (lambda y, i: torch.view_as_real(torch.view_as_complex(y.view(3, 2, 2))).view(3, 4) * i[:, None], False),
+    "random": (lambda y, i: y + torch.randint_like(y, 5) + i.sum(), False),
+}
+
+
+@pytest.mark.parametrize(("fn", "fails"), PYTHON.values(), ids=PYTHON)
+def test_what_may_fail_unheard_is_called_from_python(fn, fails, decided):
+    good, bad = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 9])
+    expected, got = trained(fn, (good,), compile=False), trained(fn, (good,))
+    assert not all(decided)
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of (bounds|range)"):
+            trained(fn, (bad,))
+
+
+def test_an_index_out_of_range_raises_in_native_graphs(decided):
+    table = nn.Parameter(torch.randn(5, 4))
+    with torch.no_grad():
+        layers = torchlift.scan_layers([Layer(lambda y, i: y + table[i]) for _ in range(2)])
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            layers(X, torch.tensor([0, 1, 9]))
+    assert decided == [True]
+
+
+def test_sizes_that_change_make_one_native_graph_more(decided):
+    layers = torchlift.scan_layers([Layer(torch.tanh) for _ in range(3)])
+    plain = torchlift.scan_layers(list(layers), compile=False)
+    for size in (3, 5, 7, 9):
+        x = torch.randn(size, 4)
+        torch.testing.assert_close(layers(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert decided == [True] * 4  # forward and backward, of one size and of all
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_option_of_inductor_has_the_last_word(wanted, monkeypatch):
+    given, of = [], _compat.Inductor.forward
+    monkeypatch.setattr(_compat.Inductor, "forward", lambda self, *args: given.append(args[-1]) or of(self, *args))
+    trained(torch.tanh, compile={"options": {"cpp_wrapper": wanted}})
+    assert given == [wanted]
+
+
+def test_a_program_that_cannot_be_built_is_called_from_python(monkeypatch):
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    def refuse(*args, **kwargs):
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(CppWrapperCodeCache, "load_pybinding_async", refuse)
+    monkeypatch.setattr(_compat, "_doubted", True)
+    got = trained(torch.sinh)
+    assert torchlift.engine.run.last_report().path == "compiled"
+    for a, b in zip(trained(torch.sinh, compile=False), got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_native_graphs_run_in_threads():
+    layers = torchlift.scan_layers([Layer(torch.cos) for _ in range(3)])
+    layers(X)
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda _: layers(X), range(20)))
+    assert all(torch.equal(out, outs[0]) for out in outs)
