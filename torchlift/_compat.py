@@ -7,6 +7,7 @@ import contextvars
 import functools
 import inspect
 import itertools
+import operator
 import sys
 import threading
 import types
@@ -335,7 +336,7 @@ class Inductor:
         # The program of the forward is built while Inductor turns to the backward.
         self.stack.enter_context(patch.object(CppWrapperCodeCache, "load_pybinding", self._build))
         self.builders = self.stack.enter_context(ThreadPoolExecutor(2))
-        self.builds: list[Future[Any]] = []
+        self.builds: list[tuple[Future[Any], list[Any]]] = []
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -347,14 +348,14 @@ class Inductor:
         def build() -> Any:
             return CppWrapperCodeCache.load_pybinding_async(*args, **options)()
 
-        future = self.builders.submit(contextvars.copy_context().run, build)
-        self.builds.append(future)
-        return lambda inputs: future.result()(inputs)
+        program: list[Any] = []
+        self.builds.append((self.builders.submit(contextvars.copy_context().run, build), program))
+        return lambda inputs: program[0](inputs)
 
     def finish(self) -> None:
         """Waits for all that is built, and raises what went wrong."""
-        for future in self.builds:
-            future.result()
+        for future, program in self.builds:
+            program.append(future.result())
 
     def forward(
         self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool, last: Any, native: bool
@@ -377,26 +378,30 @@ class Inductor:
         with TracingContext.report_output_strides() as strides, torch.no_grad(), torch._C._DisableAutocast():
             with config.patch(order):
                 compiled = _inductor_compile(graph, inputs, native, is_inference=not train)
-        return _boxed(compiled), strides
+        return compiled, strides
 
     def backward(self, graph: torch.fx.GraphModule, inputs: list[Any], native: bool) -> Callable[[list[Any]], Any]:
         output = next(iter(reversed(graph.graph.nodes)))
         nodes = output.args[0]
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
         with torch.no_grad(), torch._C._DisableAutocast():
-            return _boxed(_inductor_compile(graph, inputs, native, is_backward=True))
+            return _inductor_compile(graph, inputs, native, is_backward=True)
 
 
-def _inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any], native: bool, **kind: Any) -> Callable[..., Any]:
+def _inductor_compile(
+    graph: torch.fx.GraphModule, inputs: list[Any], native: bool, **kind: Any
+) -> Callable[[list[Any]], Any]:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner, get_cpp_wrapper_config
 
     if not native and not config.cpp_wrapper:
-        return compile_fx_inner(graph, inputs, **kind)
+        return _boxed(compile_fx_inner(graph, inputs, **kind))
     # As an option alone it does nothing.
     with config.patch(get_cpp_wrapper_config() | {"cpp_wrapper": True}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "CUTLASS backend")  # torch 2.12 tells of it even on a CPU
-        return compile_fx_inner(graph, inputs, cpp_wrapper=True, **kind)
+        compiled: Any = compile_fx_inner(graph, inputs, cpp_wrapper=True, **kind)
+    # What is around it is for the kernels of GPUs, and takes 5 us.
+    return compiled.current_callable if native else _boxed(compiled)
 
 
 def is_inductor_fallback(op: Any) -> bool:
@@ -485,6 +490,11 @@ def registered_backend(name: str) -> Callable[..., Any]:
     return lookup_backend(name)
 
 
+def apply_node(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` of tensors that no transform of ``torch.func`` wraps: to look for one takes 10 us."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def _boxed(compiled: Any) -> Callable[[list[Any]], Any]:
     if getattr(compiled, "_boxed_call", False):
         return compiled
@@ -543,6 +553,9 @@ def dict_versions(dicts: list[dict[str, Any]]) -> list[int] | None:
     return [*map(torch._C._dynamo.guards.dict_version, dicts)]
 
 
+_is_nested = operator.attrgetter("is_nested")
+
+
 class Likeness:
     """What a row of tensors is like, for others to be held against: 1 us for a dozen, where Python takes 40."""
 
@@ -556,7 +569,7 @@ class Likeness:
 
     def fits(self, tensors: list[torch.Tensor]) -> bool:
         """Whether class, kind, dtype, device, size, strides and requires_grad agree. It may be False where they do."""
-        if len(tensors) != self._count or any(tensor.is_nested for tensor in tensors):  # which end the process there
+        if len(tensors) != self._count or any(map(_is_nested, tensors)):  # which end the process there
             return False
         return self._guards.check(*tensors)
 
@@ -790,8 +803,10 @@ def mapped_levels(tensor: torch.Tensor) -> list[int]:
 
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether any ``vmap`` maps ``tensor``. That of ``is_grads_batched`` is another than that of ``torch.func``."""
-    old = torch._C._dispatch_key_parse("Batched")
-    return torch._C._dispatch_keys(tensor).has(old) or len(mapped_levels(tensor)) > 0
+    return torch._C._dispatch_keys(tensor).has(_OLD_VMAP) or len(mapped_levels(tensor)) > 0
+
+
+_OLD_VMAP = torch._C._dispatch_key_parse("Batched")
 
 
 def mapped_axes(tensor: torch.Tensor) -> list[MappedAxis]:

@@ -8,7 +8,6 @@ effect. *Publish* writes what changed back into the real modules. A transform sa
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -77,7 +76,8 @@ class Packed(Changeable):
 
     def beside(self, module: nn.Module) -> Packed:
         """The same call of another module, not bound where this one's is not; it may change the same collections."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)  # as copy.copy does, which looks for ways to do it first
         if _compat.is_compiling() and self.simple:
             other._collect_like(module, self)
         else:

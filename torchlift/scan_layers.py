@@ -250,7 +250,8 @@ class _Call(LayersCall):
             return (self.plain(),)
         ys: list[Any] = [(*y[:3], static_of(y[3])) for y in found]
         for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
-            packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
+            if changed or sown:
+                packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
         extras, _, _, static = ys[-1]
         return (_tree.unflatten([*carry, *extras], static.out),)
 

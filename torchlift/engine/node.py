@@ -397,7 +397,8 @@ class Loop(torch.autograd.Function):
             # Torch keeps it, and checks that nobody writes into it.
             outs, saved = run_single(plan, tensors, names)
             ctx.ints = [(i, v) for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)]
-            ctx.save_for_backward(*tensors, *(v for v in saved if isinstance(v, torch.Tensor)))
+            kept = [v for v in saved if isinstance(v, torch.Tensor)] if ctx.ints else saved
+            ctx.save_for_backward(*tensors, *kept)
             ctx.models = _models(outs)
         else:
             outs, ctx.kept, ctx.models = run_forward(plan, tensors, names)

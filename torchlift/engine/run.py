@@ -197,6 +197,7 @@ def is_plain(t: torch.Tensor) -> bool:
         and not t.is_nested
         and not t.is_conj()
         and not t.is_neg()
+        and not _compat.is_wrapped(t)  # by a transform that has ended
     )
 
 
@@ -211,25 +212,27 @@ class _Given:
     carry: _Split
     xs: list[_Split]
     stacked: bool
+    alike: list[bool]  # once looked at: whether the tensors of each part of ``xs`` are like those of the first
 
     @staticmethod
     def of(consts: Tree, carry: Tree, xs: Xs) -> _Given:
         trees = [xs.tree] if isinstance(xs, Stacked) else xs
-        return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
+        return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked), [])
 
     def why_plain(self) -> tuple[str | None, bool]:
         """As :func:`_why_plain`, for the tensors. What is like the first iteration is not looked at again."""
         first: _compat.Likeness | None = None
-        for tensors, _ in (self.consts, self.carry, *self.xs):
-            if first is not None and first.fits(tensors):
+        for tensors, _ in (*self.xs, self.consts, self.carry):
+            like = first is not None and first.fits(tensors)
+            self.alike.append(like or first is None)
+            if like:
                 continue
             for t in tensors:
                 if _compat.is_traced(t):
                     return "inside another capture", False
                 if not is_plain(t):
                     return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
-            if first is None and tensors is self.xs[0][0]:
-                first = _compat.Likeness(tensors)
+            first = first or _compat.Likeness(tensors)
         return None, False
 
 
@@ -279,7 +282,7 @@ def _compiled_run(body: Body, given: _Given, length: int, options: _Options, bac
     # One layout for the carry of all iterations.
     carry = [like_strided(t, t) for t in given.carry[0]]
     job = _Job(body, *given.consts, carry, given.carry[1], torch.is_grad_enabled(), backend, options)
-    return _run_stacked(job, *given.xs[0], length) if given.stacked else _run_list(job, given.xs, length)
+    return _run_stacked(job, *given.xs[0], length) if given.stacked else _run_list(job, given, length)
 
 
 def _plan(
@@ -320,7 +323,7 @@ def _call(plan: Plan, names: Names | None, tensors: list[torch.Tensor]) -> Seque
     if plan.chunks[0][0].bw is None:
         with torch.no_grad():
             return (run_single if plan.single else run_forward)(plan, tensors, names)[0]
-    return Loop.apply(plan, names, *tensors)
+    return _compat.apply_node(Loop, plan, names, *tensors)
 
 
 def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, length: int) -> tuple[Tree, Xs]:
@@ -364,21 +367,21 @@ def _pieces(o: _Options) -> tuple[int, ...]:
 def _report(job: _Job, program: Program, nodes: int) -> None:
     saved = 0 if _pieces(job.options) else program.saved_bytes // program.steps
     made, recomputed = compiled.compilations[job.body.key], program.recomputed // program.steps
-    report = Report(job.body.name, "compiled", None, nodes, made, saved, recomputed, program.random)
-    record(report)
+    record(Report(job.body.name, "compiled", None, nodes, made, saved, recomputed, program.random))
 
 
-def _run_list(job: _Job, xs: list[_Split], length: int) -> tuple[Tree, Xs]:
+def _run_list(job: _Job, given: _Given, length: int) -> tuple[Tree, Xs]:
     """One autograd node for each iteration (for each graph when unrolled, each outermost piece when nested)."""
     o = job.options
     order = list(range(length))[:: -1 if o.reverse else 1]
-    flat = [xs[i] for i in order]
+    flat = [given.xs[i] for i in order]
     # Everything is compiled before anything runs, so that a body that cannot be compiled is never run in part.
-    plans = _list_plans(job, flat)
+    plans = _list_plans(job, flat, [given.alike[i] for i in order])
     start = None
     if o.shared_draws and any(plan.random for plan, _, _ in plans):
         start = read_states(plans[0][0].devices)
     ys: list[Tree] = [None] * length
+    last: Template | None = None
     carry = job.carry
     at = 0
     for plan, closures, templates in plans:
@@ -390,7 +393,9 @@ def _run_list(job: _Job, xs: list[_Split], length: int) -> tuple[Tree, Xs]:
         carry = list(outs[: len(carry)])
         cursor = len(carry)
         for position, y in zip(range(at, at + plan.length), templates):
-            ys[order[position]] = y.fill(list(outs[cursor : cursor + y.tensors]))
+            if y.tensors or y is not last:
+                tree, last = y.fill(outs[cursor : cursor + y.tensors]), y
+            ys[order[position]] = tree
             cursor += y.tensors
         at += plan.length
     _report(job, plans[0][0].chunks[0][0], sum(plan.chunks[0][0].bw is not None for plan, _, _ in plans))
@@ -400,23 +405,23 @@ def _run_list(job: _Job, xs: list[_Split], length: int) -> tuple[Tree, Xs]:
 _Node = tuple[Plan, list[torch.Tensor], list[Template]]  # a plan, its closed-over tensors, the template of each y
 
 
-def _list_plans(job: _Job, flat: list[_Split]) -> list[_Node]:
-    """The nodes of a list run, in the order they run."""
+def _list_plans(job: _Job, flat: list[_Split], alike: list[bool]) -> list[_Node]:
+    """The nodes of a list run, in the order they run; ``alike`` says which iterations are like each other."""
     o, length = job.options, len(flat)
     flags = job.carry_flags
     pieces = _pieces(o)
     size = max(pieces[0] if pieces else 1, 1)
     if size == 1 and o.unroll not in (1, "auto"):  # layers, with weights of their own
         size = _unroll(job, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
-    memo: list[tuple[Any, _compat.Likeness, _Node, list[bool]]] = []  # few: most iterations are alike
+    memo: list[tuple[Any, _compat.Likeness, tuple[_Node, list[bool]]]] = []  # few: most iterations are alike
     nodes = []
     for at in range(0, length, size):
-        part = flat[at : at + size]
-        key, tensors = (flags, [template for _, template in part]), [t for x, _ in part for t in x]
-        found = next(((node, after) for known, form, node, after in memo if known == key and form.fits(tensors)), None)
+        part, like = flat[at : at + size], all(alike[at : at + size])
+        key, tensors = (flags, [template for _, template in part], like), [t for x, _ in part for t in x]
+        found = next((node for known, form, node in memo if known == key and (like or form.fits(tensors))), None)
         if found is None:
             found = _list_node(job, part, flags, pieces)
-            memo.append((key, _compat.Likeness(tensors), *found))
+            memo.append((key, _compat.Likeness(tensors), found))
         node, flags = found
         nodes.append(node)
     return nodes
