@@ -272,11 +272,15 @@ def peak_memory(call: Callable[[], Any], cuda: bool = False) -> int:
 
 def ask(
     script: str, what: str, timeout: float, *, python: str = sys.executable, threads: int = 2, cache: str | None = None,
-    **arguments: Any,
+    headers: str | None = None, **arguments: Any,
 ) -> Any:  # fmt: skip
-    """Runs ``script what {arguments}`` and returns the JSON that it prints last; a fresh compile cache unless given."""
+    """Runs ``script what {arguments}`` and returns the JSON that it prints last; a fresh compile cache unless given.
+
+    Inductor keeps the compiled headers of its C++ elsewhere, beside other temporary files: in ``headers``, if given.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as fresh:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": cache or fresh}
+        env["TMPDIR"] = headers or cache or fresh
         command = [python, str(HERE / script), what, json.dumps({"threads": threads, **arguments})]
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)

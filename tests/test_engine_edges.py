@@ -296,6 +296,19 @@ def test_what_a_user_says_of_the_processor_is_left(monkeypatch):
     assert not _compat.doubt_processor(RuntimeError("something else"))
 
 
+def test_what_is_left_of_a_transform_that_has_ended_is_an_ordinary_tensor():
+    kept = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(rand(3, 4))
+    linear = torch.nn.Linear(4, 4)
+    layers = torchlift.scan_layers([linear, torch.nn.Linear(4, 4)], compile=EAGER_GRAPHS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = layers(kept[0])
+    assert last_report().path == "compiled"
+    expected = layers[1](linear(_compat.alive(kept[0])))
+    assert torch.equal(*[torch.autograd.grad(result.sum(), linear.weight)[0] for result in (out, expected)])
+
+
 def test_options_of_inductor_reach_it(monkeypatch):
     """``cpp_wrapper`` is an argument of Inductor, not only an option."""
     from torch._inductor import compile_fx

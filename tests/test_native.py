@@ -108,11 +108,43 @@ def test_sizes_that_change_make_one_native_graph_more(decided):
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_the_option_of_inductor_has_the_last_word(wanted, monkeypatch):
-    given, of = [], _compat.Inductor.forward
-    monkeypatch.setattr(_compat.Inductor, "forward", lambda self, *args: given.append(args[-1]) or of(self, *args))
-    trained(torch.tanh, compile={"options": {"cpp_wrapper": wanted}})
-    assert given == [wanted]
+def test_the_option_of_inductor_has_the_last_word(wanted, monkeypatch, decided):
+    built, build = [], _compat.Inductor._build
+    monkeypatch.setattr(_compat.Inductor, "_build", lambda *args, **options: built.append(1) or build(*args, **options))
+    trained(torch.tan, compile={"options": {"cpp_wrapper": wanted}})
+    assert not decided and len(built) == (2 if wanted else 0)
+
+
+def test_an_operator_that_has_no_kernel_for_a_dtype_is_called_from_python(decided):
+    """``2 ** integers`` went through a C interface that takes numbers of another type."""
+    powers = torch.tensor([1, 2, 3])
+    fn = lambda y, i: y * (2**i)[:, None]
+    expected, got = trained(fn, (powers,), compile=False), trained(fn, (powers,))
+    assert True in decided  # as far as can be told beforehand
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_without_operators_runs():
+    layer = lambda: Layer(lambda y: X)  # its output is its input, and a constant
+    layers = torchlift.scan_layers([layer() for _ in range(2)])
+    x = X.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TorchliftCompileWarning)
+        out = layers(x)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
+
+
+def test_an_error_of_the_body_is_raised_the_first_time():
+    calls = []
+
+    def fail(y):
+        calls.append(1)
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        torchlift.scan_layers([Layer(fail)])(X)
+    assert len(calls) == 2 and not _compat._doubted  # the capture, and the plain loop in its place
 
 
 def test_a_program_that_cannot_be_built_is_called_from_python(monkeypatch):

@@ -38,7 +38,9 @@ _HOOKS = [
 
 def has_global_hooks() -> bool:
     """Whether any hooks are called for all modules, beside those of ``torchlift.capture``, which tell only names."""
-    found = [hook for hooks in _HOOKS if hooks for hook in list(hooks.values())]  # other threads add and remove some
+    if not any(_HOOKS):
+        return False
+    found = [hook for hooks in _HOOKS for hook in list(hooks.values())]  # other threads add and remove some
     return any(not (getattr(hook, "__module__", None) or "").startswith("torchlift.") for hook in found)
 
 
@@ -334,6 +336,7 @@ class Inductor:
         if optimism:
             self.stack.enter_context(patch.object(VecISA, "check_build", lambda self, code: True))
         # The program of the forward is built while Inductor turns to the backward.
+        self.thread, self.load = threading.get_ident(), CppWrapperCodeCache.load_pybinding
         self.stack.enter_context(patch.object(CppWrapperCodeCache, "load_pybinding", self._build))
         self.builders = self.stack.enter_context(ThreadPoolExecutor(2))
         self.builds: list[tuple[Future[Any], list[Any]]] = []
@@ -344,6 +347,9 @@ class Inductor:
 
     def _build(self, *args: Any, **options: Any) -> Callable[..., Any]:
         from torch._inductor.codecache import CppWrapperCodeCache
+
+        if threading.get_ident() != self.thread:  # what others compile
+            return self.load(*args, **options)
 
         def build() -> Any:
             return CppWrapperCodeCache.load_pybinding_async(*args, **options)()
@@ -358,12 +364,18 @@ class Inductor:
             program.append(future.result())
 
     def forward(
-        self, graph: torch.fx.GraphModule, inputs: list[Any], visible: int, train: bool, last: Any, native: bool
+        self,
+        graph: torch.fx.GraphModule,
+        inputs: list[Any],
+        visible: int,
+        train: bool,
+        last: Any,
+        native: frozenset[str] | None,
     ) -> tuple[Callable[[list[Any]], Any], list[Any] | None]:
         """The compiled graph, called with a list that it empties, and its outputs' strides where they are known.
 
-        ``last``, if given, puts the kernels in another order; it has its ``content``, to be cached by. With ``native``
-        it is called from C++.
+        ``last``, if given, puts the kernels in another order; it has its ``content``, to be cached by. ``native`` are
+        the operators that C++ may call beside the kernels; None: Python calls everything.
         """
         from torch._guards import TracingContext
         from torch._inductor import config
@@ -380,7 +392,9 @@ class Inductor:
                 compiled = _inductor_compile(graph, inputs, native, is_inference=not train)
         return compiled, strides
 
-    def backward(self, graph: torch.fx.GraphModule, inputs: list[Any], native: bool) -> Callable[[list[Any]], Any]:
+    def backward(
+        self, graph: torch.fx.GraphModule, inputs: list[Any], native: frozenset[str] | None
+    ) -> Callable[[list[Any]], Any]:
         output = next(iter(reversed(graph.graph.nodes)))
         nodes = output.args[0]
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
@@ -389,19 +403,30 @@ class Inductor:
 
 
 def _inductor_compile(
-    graph: torch.fx.GraphModule, inputs: list[Any], native: bool, **kind: Any
+    graph: torch.fx.GraphModule, inputs: list[Any], native: frozenset[str] | None, **kind: Any
 ) -> Callable[[list[Any]], Any]:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner, get_cpp_wrapper_config
+    from torch._inductor.ir import FallbackKernel
 
-    if not native and not config.cpp_wrapper:
+    if native is None and not config.cpp_wrapper:
         return _boxed(compile_fx_inner(graph, inputs, **kind))
+    thread, create = threading.get_ident(), FallbackKernel.create
+
+    def create_known(op: Any, *args: Any, **kwargs: Any) -> Any:
+        known = native is None or op.overloadpacket.__name__ in native or threading.get_ident() != thread
+        if not known:  # for some dtypes operators have no kernel that have one for others
+            raise NotImplementedError(f"{op} is called through torch's C interface")
+        return create(op, *args, **kwargs)
+
     # As an option alone it does nothing.
     with config.patch(get_cpp_wrapper_config() | {"cpp_wrapper": True}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "CUTLASS backend")  # torch 2.12 tells of it even on a CPU
-        compiled: Any = compile_fx_inner(graph, inputs, cpp_wrapper=True, **kind)
-    # What is around it is for the kernels of GPUs, and takes 5 us.
-    return compiled.current_callable if native else _boxed(compiled)
+        with patch.object(FallbackKernel, "create", create_known):
+            compiled: Any = compile_fx_inner(graph, inputs, cpp_wrapper=True, **kind)
+    # Around it are a range for profiles and what tunes the kernels of GPUs: 5 us. A graph without operators has none.
+    called = None if native is None else getattr(compiled, "current_callable", None)
+    return called or _boxed(compiled)
 
 
 def is_inductor_fallback(op: Any) -> bool:
@@ -453,14 +478,6 @@ def doubt_processor(error: Exception) -> bool:
     return True
 
 
-def failed_to_build(error: Exception) -> bool:
-    """Whether ``error`` came of Inductor or of the C++ compiler."""
-    from torch._inductor import exc
-
-    cause = getattr(error, "inner_exception", error)
-    return isinstance(error, exc.InductorError) or isinstance(cause, exc.CppCompileError | ImportError | OSError)
-
-
 @functools.cache
 def prepare_compiler(native: bool) -> None:
     """Has the header of Inductor's C++ made while a body is captured: 4 s on a new machine."""
@@ -490,9 +507,11 @@ def registered_backend(name: str) -> Callable[..., Any]:
     return lookup_backend(name)
 
 
-def apply_node(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)`` of tensors that no transform of ``torch.func`` wraps: to look for one takes 10 us."""
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+def apply_node(function: type[torch.autograd.Function], given: tuple[Any, ...], tensors: list[torch.Tensor]) -> Any:
+    """``function.apply(*given, *tensors)``, which in 10 us looks for transforms of ``torch.func``: there is none."""
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):  # by one that has ended
+        return function.apply(*given, *tensors)
+    return super(torch.autograd.Function, function).apply(*given, *tensors)  # type: ignore[misc]
 
 
 def _boxed(compiled: Any) -> Callable[[list[Any]], Any]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchlift import _compat, fingerprint
 from torchlift.engine.capture import stride_order
 from torchlift.engine.compiled import tensor_key
+from torchlift.engine.plain import is_plain
 from torchlift.engine.roster import Roster, stand_ins, ticket_for
-from torchlift.engine.run import is_plain
 from torchlift.errors import UnsupportedError
 from torchlift.pack import Packed
 from torchlift.scanned import scanned_places

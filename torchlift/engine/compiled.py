@@ -321,16 +321,24 @@ def capture_program(
     request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool = False
 ) -> Variant:
     """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
-    native = True
+    own = request.backend.inductor and request.backend.native is None
+    native = own and all(t.device.type == "cpu" for t in request.tensors)
     while True:
         try:
             return _capture(request, dims, closures, shapes, native)
-        except Exception as error:
-            if _compat.doubt_processor(error):  # once
+        except _NotBuilt as failure:
+            if _compat.doubt_processor(failure.error):  # once
                 continue
-            if not native or not _compat.failed_to_build(error):
-                raise
+            if not native:
+                raise failure.error from None
             native = False
+
+
+class _NotBuilt(Exception):
+    """Graphs could not be compiled."""
+
+    def __init__(self, error: Exception):
+        self.error = error
 
 
 def _capture(
@@ -365,7 +373,10 @@ def _capture(
         saved = _saved_bytes(graphs)
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
-        fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes, native=native)
+        try:
+            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes, native=native)
+        except Exception as error:
+            raise _NotBuilt(error) from error
         saved_orders = orders_of(graphs.bw_inputs, graphs.feeds, "saved")
     compilations[request.body.key] += 1
     program = Program(

@@ -12,7 +12,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.capture import Graphs, stride_order
 from torchlift.engine.gemm import use_onednn
-from torchlift.engine.native import is_native
+from torchlift.engine.native import CALLED, is_native
 from torchlift.engine.spans import Placed, place
 from torchlift.errors import OptionError
 
@@ -80,7 +80,7 @@ def compile_graphs(
     """The forward and the backward of ``graphs``, ready to be called with a list of tensors.
 
     With ``dense`` backward takes saved values that were copied: without gaps, their dimensions in the order they had.
-    With ``native`` C++ may call the kernels, unless the options of the backend decide.
+    With ``native`` C++ may call the kernels, where that is safe.
     """
     if graphs.marks:
         place(graphs.fw, graphs.marks, ahead=inductor is not None)
@@ -95,8 +95,7 @@ def compile_graphs(
         if graph is not None:
             use_onednn(graph)
     fw_native, bw_native = [
-        graph is not None and (native and is_native(graph) if backend.native is None else backend.native)
-        for graph in (graphs.fw, graphs.bw)
+        CALLED if native and graph is not None and is_native(graph) else None for graph in (graphs.fw, graphs.bw)
     ]
     last = Placed(graphs.fw.graph) if graphs.marks else None
     train = graphs.bw is not None

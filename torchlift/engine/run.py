@@ -22,6 +22,7 @@ from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plai
 from torchlift.engine.nested import nested_run
 from torchlift.engine.node import Loop, run_forward, run_single
 from torchlift.engine.offload import carries_on_host
+from torchlift.engine.plain import why_not
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
 from torchlift.engine.remat import captures_body
@@ -107,10 +108,10 @@ def run(
     """Runs ``body`` ``length`` times; returns the last carry and the ys.
 
     ``xs`` is :class:`Stacked` (the ys come back stacked; one autograd node around the loop) or a list of one pytree
-    for each iteration (the ys are a list; one autograd node for each iteration). ``reverse`` iterates from the end,
-    and every y lands at its own index. Draws run on from iteration to iteration; with ``shared_draws`` every
-    iteration starts from the same state of the generators. ``unroll`` iterations make one graph;
-    ``"auto"`` picks how many.
+    for each iteration (the ys are a list, where those without tensors may be one object; one autograd node for each
+    iteration). ``reverse`` iterates from the end, and every y lands at its own index. Draws run on from iteration to
+    iteration; with ``shared_draws`` every iteration starts from the same state of the generators. ``unroll`` iterations
+    make one graph; ``"auto"`` picks how many.
 
     ``remat=True`` keeps only the carries for backward, and a policy decides otherwise (``offload_carries`` keeps them
     in the host's memory). ``lengths`` nests the recomputation, ``every`` recomputes pieces of that many iterations.
@@ -185,22 +186,6 @@ def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
     return forbidden, forbidden is not None
 
 
-def is_plain(t: torch.Tensor) -> bool:
-    """Whether compiled code may take ``t`` for an ordinary tensor."""
-    known = type(t) is torch.Tensor or isinstance(t, torch.nn.Parameter | torch.nn.Buffer)
-    return (
-        known
-        and type(t).__torch_function__ in (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
-        and t.layout is torch.strided
-        and t.device.type != "meta"
-        and not t.is_quantized
-        and not t.is_nested
-        and not t.is_conj()
-        and not t.is_neg()
-        and not _compat.is_wrapped(t)  # by a transform that has ended
-    )
-
-
 _Split = tuple[list[torch.Tensor], Template]
 
 
@@ -212,28 +197,24 @@ class _Given:
     carry: _Split
     xs: list[_Split]
     stacked: bool
-    alike: list[bool]  # once looked at: whether the tensors of each part of ``xs`` are like those of the first
 
     @staticmethod
     def of(consts: Tree, carry: Tree, xs: Xs) -> _Given:
         trees = [xs.tree] if isinstance(xs, Stacked) else xs
-        return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked), [])
+        return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
+
+    @functools.cached_property
+    def alike(self) -> list[bool]:
+        """Whether the tensors of each part of ``xs`` are like those of the first, which must be plain."""
+        first = _compat.Likeness(self.xs[0][0])
+        return [True, *(first.fits(tensors) for tensors, _ in self.xs[1:])]
 
     def why_plain(self) -> tuple[str | None, bool]:
         """As :func:`_why_plain`, for the tensors. What is like the first iteration is not looked at again."""
-        first: _compat.Likeness | None = None
-        for tensors, _ in (*self.xs, self.consts, self.carry):
-            like = first is not None and first.fits(tensors)
-            self.alike.append(like or first is None)
-            if like:
-                continue
-            for t in tensors:
-                if _compat.is_traced(t):
-                    return "inside another capture", False
-                if not is_plain(t):
-                    return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
-            first = first or _compat.Likeness(tensors)
-        return None, False
+        reason = why_not(t for tensors, _ in (self.consts, self.carry, self.xs[0]) for t in tensors)
+        if reason[0] is not None:
+            return reason
+        return why_not(t for (tensors, _), like in zip(self.xs, self.alike) if not like for t in tensors)
 
 
 @dataclass
@@ -323,7 +304,7 @@ def _call(plan: Plan, names: Names | None, tensors: list[torch.Tensor]) -> Seque
     if plan.chunks[0][0].bw is None:
         with torch.no_grad():
             return (run_single if plan.single else run_forward)(plan, tensors, names)[0]
-    return _compat.apply_node(Loop, plan, names, *tensors)
+    return _compat.apply_node(Loop, (plan, names), tensors)
 
 
 def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, length: int) -> tuple[Tree, Xs]:
