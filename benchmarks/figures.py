@@ -101,7 +101,7 @@ def first_step(run: Run) -> Iterator[Line]:
     for way in (SCAN, "whole model compiled"):
         for depth in (few, unrolled):  # the first one makes the headers
             warm[way] = run.cold(way, depth, headers=run.cache)[way]
-    text = f"the same where Inductor has compiled before, with another cache: {text}"
+    text += ", with the headers of Inductor's C++ made before"
     yield compare(warm, "first", SCAN, ["whole model compiled"], text, "<= 0.07")
 
 
