@@ -238,6 +238,7 @@ def draw(series: dict[str, dict[str, list[tuple[int, float]]]], out: Path) -> No
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import LogLocator, StrMethodFormatter
     except ImportError:
         print("no plots: pip install matplotlib")
         return
@@ -251,9 +252,11 @@ def draw(series: dict[str, dict[str, list[tuple[int, float]]]], out: Path) -> No
             axes.plot(xs, [y / unit for y in ys], "o-" if ours else "s--", label=way)
         axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
         axes.set_xticks(xs, [str(x) for x in xs])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        figure.legend(fontsize="small", loc="outside lower center", ncols=2)  # on the lines it would hide some
         figure.savefig(out / f"{name.replace(' ', '_').lower()}.png", dpi=130)
         plt.close(figure)
 
