@@ -470,11 +470,9 @@ def doubt_processor(error: Exception) -> bool:
     _doubted = True
     for asked in (cpu_vec_isa.valid_vec_isa_list, *(type(isa).__bool__ for isa in cpu_vec_isa.supported_vec_isa_list)):
         getattr(asked, "cache_clear", lambda: None)()
-    for isa in cpu_vec_isa.supported_vec_isa_list:
-        for extra in [
-            name for name in vars(isa) if name.startswith("_is_")
-        ]:  # further sets, which it was taken to have
-            delattr(isa, extra)
+    for isa in cpu_vec_isa.supported_vec_isa_list:  # and the further sets that it was taken to have
+        for name in [name for name in vars(isa) if name.startswith("_is_")]:
+            delattr(isa, name)
     return True
 
 
