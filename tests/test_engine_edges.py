@@ -39,9 +39,8 @@ def test_operators_with_effects_keep_their_order_in_the_plain_loop(train):
         warnings.simplefilter("always")
         out, _ = run(Body(body, f"inverted, {train}", "scan"), None, start, Stacked({}), 3, compile=EAGER_GRAPHS)
     assert torch.equal(out, torch.eye(2) / 2)
-    if (
-        last_report().path == "plain"
-    ):  # from torch 2.13 on, where the check of what came out is an operator with effects
+    # From torch 2.13 on the check of what came out is an operator with effects.
+    if last_report().path == "plain":
         assert "_linalg_check_errors.default has an effect, which must come in order" in str(caught[-1].message)
 
 

@@ -321,8 +321,8 @@ def capture_program(
     request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool = False
 ) -> Variant:
     """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
-    own = request.backend.inductor and request.backend.native is None
-    native = own and all(t.device.type == "cpu" for t in request.tensors)
+    undecided = request.backend.inductor and request.backend.native is None
+    native = undecided and all(t.device.type == "cpu" for t in request.tensors)
     while True:
         try:
             return _capture(request, dims, closures, shapes, native)

@@ -22,12 +22,12 @@ _SUMS = "sum mean prod amax amin max min any all argmax argmin var var_mean"
 _MADE = "full full_like zeros zeros_like ones ones_like empty empty_like scalar_tensor arange new_zeros new_ones iota"
 _MOVED = "_to_copy _unsafe_view copy cat select_scatter slice_scatter constant_pad_nd fill masked_fill"
 _PICKED = "gather index embedding rev _assert_tensor_metadata"
-_CALLED = (
+# What C++ calls beside the kernels.
+CALLED = frozenset(
     "mm addmm bmm baddbmm convolution convolution_backward native_dropout"
-    " _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"
+    " _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward".split()
 )
-_KNOWN = frozenset(" ".join([_SUMS, _MADE, _MOVED, _PICKED, _CALLED]).split())
-CALLED = frozenset(_CALLED.split())  # what C++ calls beside the kernels
+_KNOWN = CALLED | frozenset(" ".join([_SUMS, _MADE, _MOVED, _PICKED]).split())
 _ON_SIZES = frozenset({operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod})
 
 
