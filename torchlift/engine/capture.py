@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
-from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import draws, hide_undrawn, node_draws, show_undrawn
-from torchlift.engine.loop import Body, check_carry
+from torchlift.engine.packs import pack_saved, select_rows
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
 from torchlift.engine.remat import inline_remat
-from torchlift.engine.spans import Recorder, at_step
+from torchlift.engine.signature import Graphs, Signature
+from torchlift.engine.spans import Recorder
 from torchlift.engine.trees import Template, Tree, split
 
 
@@ -33,19 +33,6 @@ class CaptureError(Exception):
 
 class NestedLoopError(Exception):
     """A loop in a body turns out to be none that can be an operator of its graph; it has to be a part of the graph."""
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What the non-tensor side of a capture depends on: the templates of consts, of the carry, and of each x."""
-
-    consts: Template
-    carry: Template
-    xs: tuple[Template, ...]
-
-    @property
-    def tensors(self) -> int:
-        return self.consts.tensors + self.carry.tensors + sum(x.tensors for x in self.xs)
 
 
 @dataclass
@@ -63,50 +50,6 @@ class Probe:
     @property
     def requires_grad(self) -> list[bool]:
         return [out.requires_grad for out in self.outputs]
-
-
-@dataclass
-class Graphs:
-    """The forward and backward graph of some iterations, and how the values that backward needs reach it.
-
-    The forward takes consts, carry, xs and closures, and returns carry, ys and saved values. ``feeds`` says where
-    each input of the backward comes from: ("saved", i), ("input", i), or ("tangent", i), i an output's number. The
-    backward returns a gradient, or None, for every input of the forward.
-    """
-
-    fw: torch.fx.GraphModule
-    bw: torch.fx.GraphModule | None
-    fw_inputs: list[Any]
-    bw_inputs: list[Any]
-    outputs: int
-    feeds: list[tuple[str, int]] = field(default_factory=list)
-    shared_grads: list[bool] = field(default_factory=list)  # per input: its gradient may be another value's memory
-    recomputed: int = 0
-    grads: list[bool] = field(default_factory=list)  # per input: whether it gets a gradient
-    marks: list[tuple[str, int] | None] = field(default_factory=list)  # of the spans in the forward; see ``Recorder``
-
-
-def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list[Tree]]]:
-    """The iterations of ``signature`` as a function of flat tensors, in the order consts, carry, xs."""
-
-    def fn(*tensors: torch.Tensor) -> tuple[Tree, list[Tree]]:
-        at = signature.consts.tensors
-        consts = signature.consts.fill(tensors[:at])
-        carry = signature.carry.fill(tensors[at : at + signature.carry.tensors])
-        at += signature.carry.tensors
-        ys = []
-        for step, x in enumerate(signature.xs):
-            at_step(step)
-            old = carry
-            expected, spec = pytree.tree_flatten(carry)
-            with DataAsDetached():
-                carry, y = body.fn(consts, carry, x.fill(tensors[at : at + x.tensors]))
-            check_carry(body.name, old, expected, spec, carry)
-            at += x.tensors
-            ys.append(y)
-        return carry, ys
-
-    return fn
 
 
 class _Spy(TorchDispatchMode):
@@ -244,7 +187,7 @@ def fake_closures(closures: list[torch.Tensor], mode: Any, train: bool) -> list[
 def trace(
     fn: Callable[..., Any],
     seen: Probe,
-    carry_at: int,
+    signature: Signature,
     fakes: list[torch.Tensor],
     *,
     train: bool,
@@ -252,13 +195,16 @@ def trace(
     join: bool,
     policy: Policy | None,
 ) -> Graphs:
-    """Captures ``fn``, the iterations, on ``fakes`` and partitions them; the carry's tensors start at ``carry_at``.
+    """Captures ``fn``, the iterations of ``signature``, on ``fakes`` and partitions them.
+
+    With ``join``, what can be done for several of them at a time is.
 
     NOTE [fresh outputs]: no output shares memory with an input or with another output. An autograd node and a custom
     operator must not return their inputs, and a body that returns its carry as y would otherwise hand out two names of
     one memory. Compiled, the copy is one more store in a kernel that runs anyway.
     """
-    carry_likes = fakes[carry_at : carry_at + seen.carries]
+    carry_likes = fakes[signature.consts.tensors :][: seen.carries]
+    several = signature.steps > 1
 
     spans = Recorder()
 
@@ -275,7 +221,8 @@ def trace(
     spans.tell(joint)
     _require_whole(joint)
     count = len(seen.outputs)
-    if join and len(seen.ys) > 1 and not seen.random:  # draws stay in their order, which a sorted graph may not keep
+    select_rows(joint)
+    if join and several and not seen.random:  # draws stay in their order, which a sorted graph may not keep
         join_products(joint, count)
     if not train:
         return Graphs(joint, None, list(fakes), [], count, marks=spans.marks)
@@ -287,6 +234,9 @@ def trace(
     for graph in (fw, bw):
         show_undrawn(graph)
     graphs = _wire(fw, bw, names[: len(fakes)], names[len(fakes) :], count, seen.requires_grad)
+    if join and several:
+        # Ys that come as stacks are copied into those of all iterations, and may be saved as well.
+        pack_saved(graphs, seen.carries if signature.packed else count)
     return replace(graphs, marks=spans.marks)
 
 

@@ -17,11 +17,12 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import capture, spans
-from torchlift.engine.capture import CaptureError, Signature, stride_order
+from torchlift.engine.capture import CaptureError, stride_order
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.inlining import inlining, noting_nested
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Program, orders_of
+from torchlift.engine.signature import Graphs, Signature, unrolled
 from torchlift.errors import TorchliftError
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ CONSTANTS = 8  # sets of plain values among the arguments of one body; as many a
 
 @dataclass(frozen=True)
 class Request:
-    """A program wanted: iterations of ``body`` on tensors like ``tensors`` (consts, carry, the x of each step)."""
+    """A program wanted: iterations of ``body`` on tensors like ``tensors`` (consts, carry, xs)."""
 
     body: Body
     signature: Signature
@@ -228,7 +229,7 @@ def settle(request: Request) -> tuple[Request, capture.Probe]:
 
     A carry that starts without grad gets one from the first iteration; one program serves them all.
     """
-    fn = capture.unrolled(request.body, request.signature)
+    fn = unrolled(request.body, request.signature)
     a = request.signature.consts.tensors
     b = a + request.signature.carry.tensors
     while True:
@@ -307,8 +308,10 @@ def _dynamic_dims(request: Request, family: _Family, sizes: tuple[torch.Size, ..
     dims = []
     for i, size in enumerate(sizes):
         if dynamic is True:
-            # Weights keep their size.
-            changing = set(range(len(size))) if i >= request.signature.consts.tensors else set()
+            # Weights keep their size, and a pack the number of its rows.
+            inputs = i - request.signature.consts.tensors
+            first = int(request.signature.packed > 0 and inputs >= request.signature.carry.tensors)
+            changing = set(range(first, len(size))) if inputs >= 0 else set()
         elif dynamic is False:
             changing = set()
         else:
@@ -347,7 +350,7 @@ def _capture(
     symbolic = any(dims)
     train, signature = request.train, request.signature
     mode = _compat.new_fake_mode(symbolic)
-    fn = capture.substituted(capture.unrolled(request.body, signature), closures)
+    fn = capture.substituted(unrolled(request.body, signature), closures)
     a = signature.consts.tensors
     fakes = _fakes(request, mode, dims) + capture.fake_closures(closures, mode, train)
     with inlining(request.loops_inline):
@@ -361,7 +364,7 @@ def _capture(
         graphs = capture.trace(
             fn,
             seen,
-            a,
+            signature,
             fakes,
             train=train,
             inductor=request.backend.inductor,
@@ -385,7 +388,8 @@ def _capture(
         feeds=graphs.feeds,
         tangent_orders=tangent_orders,
         shared_grads=graphs.shared_grads,
-        steps=len(signature.xs),
+        steps=signature.steps,
+        packed=bool(signature.packed),
         consts=a,
         carries=signature.carry.tensors,
         ys=seen.ys,
@@ -404,7 +408,7 @@ def _capture(
     return Variant(program, likes, mode if symbolic else None, guards, symbolic)
 
 
-def _saved_bytes(graphs: capture.Graphs) -> int:
+def _saved_bytes(graphs: Graphs) -> int:
     """Bytes that pass from forward to backward in one call, less those of its inputs."""
     total = 0
     for value, (kind, _) in zip(graphs.bw_inputs, graphs.feeds):

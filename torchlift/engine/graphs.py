@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from torchlift import _compat
-from torchlift.engine.capture import Graphs, stride_order
+from torchlift.engine.capture import stride_order
 from torchlift.engine.gemm import use_onednn
 from torchlift.engine.native import CALLED, is_native
+from torchlift.engine.signature import Graphs
 from torchlift.engine.spans import Placed, place
 from torchlift.errors import OptionError
 

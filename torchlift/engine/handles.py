@@ -21,12 +21,13 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import compiled
-from torchlift.engine.capture import CaptureError, Signature, order_of, stride_order
+from torchlift.engine.capture import CaptureError, order_of, stride_order
 from torchlift.engine.compiled import Request, capture_program, settle
 from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
+from torchlift.engine.signature import Signature
 from torchlift.engine.trees import Parts, Template
 from torchlift.errors import ClosureError, TorchliftError
 
@@ -240,12 +241,17 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Han
         )
     unroll = unroll_of(settings["unroll"], spec.length, one[:c] if spec.stacked else [], even=True)
     if unroll > 1 and not pieces and spec.length % unroll == 0 and not settings["shared_draws"]:
-        several = (spec.x,) * unroll
-        request = Request(
-            body, Signature(spec.consts, spec.carry, several), [*one[: c + h], *one[c + h :] * unroll],
-            request.flags[: c + h] + request.flags[c + h :] * unroll, spec.train, spec.backend, request.policy,
+        count = 1 if spec.stacked else unroll
+        packed = unroll if spec.stacked else 0
+        signature = Signature(
+            spec.consts, spec.carry, (spec.x,) * count, packed, spec.stacked and settings["reverse"]
         )  # fmt: skip
-        dims = dims[: c + h] + dims[c + h :] * unroll
+        shifted = [frozenset(d + 1 for d in some) if spec.stacked else some for some in dims[c + h :]]
+        dims = dims[: c + h] + shifted * count
+        request = Request(
+            body, signature, _inputs(spec, one, blanks, unroll),
+            request.flags[: c + h] + request.flags[c + h :] * count, spec.train, spec.backend, request.policy,
+        )  # fmt: skip
     else:
         unroll = 1
     variant = capture_program(request, dims, [], shapes=True)
@@ -290,9 +296,15 @@ def one_iteration(spec: Spec, tensors: Sequence[torch.Tensor], row: tuple[_Meta,
 
 def graph_inputs(handle: Handle, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors like those that a call of the graph is given."""
-    one = one_iteration(handle.spec, tensors, handle.row)
-    start = len(one) - handle.spec.x.tensors
-    return one[:start] + one[start:] * handle.program.steps
+    return _inputs(handle.spec, one_iteration(handle.spec, tensors, handle.row), tensors, handle.program.steps)
+
+
+def _inputs(spec: Spec, one: list[torch.Tensor], tensors: Sequence[torch.Tensor], steps: int) -> list[torch.Tensor]:
+    """Those of a graph of so many iterations, of which ``one`` has a single one's."""
+    start = len(one) - spec.x.tensors
+    if steps > 1 and spec.stacked:
+        return [*one[:start], *(t.detach()[:steps] for t in tensors[start:])]
+    return [*one[:start], *one[start:] * steps]
 
 
 def inverse(order: Sequence[int]) -> list[int]:

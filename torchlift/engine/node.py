@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.draws import States, read_states, write_states
 from torchlift.engine.plan import Plan, Program
+from torchlift.engine.residuals import Residuals
 from torchlift.engine.spans import Names, located
 
 Tensors = list[torch.Tensor]
@@ -35,19 +37,26 @@ class _Execution:
         c = b + plan.carries
         self.consts, self.closures = list(tensors[:a]), list(tensors[a:b])
         self.carry, xs = list(tensors[b:c]), tensors[c:]
-        self.columns: list[Sequence[torch.Tensor]]
-        if plan.stacked:
-            self.columns = [leaf.unbind(0) for leaf in xs]
-        else:
-            self.columns = [xs[i :: plan.x_tensors] for i in range(plan.x_tensors)]
+        self.xs = xs
         self.start: States | None = None
+
+    @functools.cached_property
+    def columns(self) -> list[Sequence[torch.Tensor]]:
+        """Of each tensor of xs, that of every iteration."""
+        if self.plan.stacked:
+            return [leaf.unbind(0) for leaf in self.xs]
+        return [self.xs[i :: self.plan.x_tensors] for i in range(self.plan.x_tensors)]
 
     def states(self) -> States | None:
         return read_states(self.plan.devices) if self.plan.random else None
 
     def inputs(self, chunk: int, carry: Tensors) -> Tensors:
         plan = self.plan
-        xs = [column[plan.order[p]] for p in plan.chunks[chunk][1] for column in self.columns]
+        program, positions = plan.chunks[chunk]
+        if program.packed:
+            xs = [leaf.narrow(0, *plan.rows(positions)) for leaf in self.xs]
+        else:
+            xs = [column[plan.order[p]] for p in positions for column in self.columns]
         return [*self.consts, *carry, *xs, *self.closures]
 
     def forward(self, lo: int, hi: int, carry: Tensors) -> Iterator[tuple[int, Tensors, Tensors]]:
@@ -80,48 +89,6 @@ def _forward(
         return program.fw(inputs)
 
 
-class Residuals:
-    """What the backward of the loop needs besides its inputs, piece by piece; freed as it is consumed.
-
-    NOTE [one node, many iterations]: ``save_for_backward`` would hold all of it until the node is done. So it is held
-    here, given to ``saved_tensors_hooks`` as torch gives what it saves, and dropped piece by piece unless the graph
-    is retained.
-    """
-
-    def __init__(self, honour_hooks: bool = True) -> None:
-        self.pieces: list[tuple[Tensors, list[Any], States | None] | None] = []
-        self.hooks = _compat.saved_tensor_hooks() if honour_hooks else None
-
-    def push(self, carry: Tensors, saved: list[Any], states: States | None = None) -> None:
-        """Keeps the carry that a piece was given (of the first piece it is the loop's own) and what the piece saved."""
-        self.pieces.append((self._pack(carry) if self.pieces else [], self._pack(saved), states))
-
-    def pop(self, piece: int, keep: bool) -> tuple[Tensors, list[Any], States | None]:
-        """The piece's values, in lists of the caller's own."""
-        entry = self.pieces[piece]
-        if entry is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time, after what it saved was freed. Specify "
-                "retain_graph=True if you need to backward through the graph a second time."
-            )
-        if not keep:
-            self.pieces[piece] = None
-        carry, saved, states = entry
-        return self._unpack(carry), self._unpack(saved), states
-
-    def _pack(self, values: list[Any]) -> list[Any]:
-        if self.hooks is None:
-            return values
-        pack = self.hooks[0]
-        return [pack(v) if isinstance(v, torch.Tensor) else v for v in values]
-
-    def _unpack(self, values: list[Any]) -> list[Any]:
-        if self.hooks is None:
-            return list(values)
-        unpack = self.hooks[1]
-        return [v if isinstance(v, int | torch.SymInt) else unpack(v) for v in values]
-
-
 class _Gradients:
     """Gradients of the inputs while backward walks the chunks from the last to the first."""
 
@@ -131,11 +98,11 @@ class _Gradients:
         self.carry = list(grads[: plan.carries])
         self.ys = grads[plan.carries :]
         self.models = models  # of the outputs of the first chunk, for gradients that are not there
-        self.zeros: dict[int, torch.Tensor] = {}
+        self.zeros: dict[tuple[int, bool], torch.Tensor] = {}
         self.sums: list[torch.Tensor | None] = [None] * (plan.consts + plan.closures)
         self.xs: list[list[torch.Tensor | None]] = [[None] * plan.length for _ in range(plan.x_tensors)]
         self.stacks: list[torch.Tensor | None] = [None] * plan.x_tensors
-        self.y_slices = self._cut() if plan.joined else None
+        self.y_slices = self._cut() if plan.joined and not plan.packed else None
 
     def _cut(self) -> list[Sequence[torch.Tensor] | None]:
         """Gradients of ys by iteration, laid out all at once: a loop over time has hundreds, each of a few numbers."""
@@ -150,8 +117,13 @@ class _Gradients:
     def tangent(self, program: Program, positions: range, i: int) -> torch.Tensor:
         """The gradient of the ``i``-th output of a chunk, laid out as the graph expects it."""
         plan, model = self.run.plan, i
+        row = False  # whether one iteration's is wanted of what the first chunk had of several
         if i < plan.carries:
             given = self.carry[i]
+        elif plan.packed:
+            row = not program.packed
+            stack, (first, count) = self.ys[i - plan.carries], plan.rows(positions)
+            given = None if stack is None else stack[first] if row else stack.narrow(0, first, count)
         else:
             width = program.ys[0].tensors
             step, column = divmod(i - plan.carries, width)
@@ -162,12 +134,13 @@ class _Gradients:
             else:
                 given = self.ys[index * width + column]
             model = plan.carries + column
-        return _laid(self._zero(model) if given is None else given, program.tangent_orders[i])
+        return _laid(self._zero(model, row) if given is None else given, program.tangent_orders[i])
 
-    def _zero(self, i: int) -> torch.Tensor:
-        if i not in self.zeros:
-            self.zeros[i] = _zeros(self.models[i])
-        return self.zeros[i]
+    def _zero(self, i: int, row: bool) -> torch.Tensor:
+        if (i, row) not in self.zeros:
+            zero = _zeros(self.models[i])
+            self.zeros[i, row] = zero[0] if row else zero
+        return self.zeros[i, row]
 
     def step(self, chunk: int, carry: Tensors, saved: list[Any]) -> None:
         """Runs one chunk's backward graph and takes up what it gives."""
@@ -188,9 +161,13 @@ class _Gradients:
         grads = list(program.bw(feeds))
         a, b = program.consts, program.consts + program.carries
         self.carry = grads[a:b]
-        end = b + plan.x_tensors * len(positions)
+        end = b + plan.x_tensors * (1 if program.packed else len(positions))
         shared = program.shared_grads
         self._add(grads[:a] + grads[end:], shared[:a] + shared[end:])
+        if program.packed:
+            first, count = plan.rows(positions)
+            self._put(first, grads[b:end], count)
+            return
         for step, position in enumerate(positions):
             at = b + step * plan.x_tensors
             self._put(plan.order[position], grads[at : at + plan.x_tensors])
@@ -210,7 +187,8 @@ class _Gradients:
         if sums:
             _compat.foreach_add_(sums, new)
 
-    def _put(self, index: int, grads: list[torch.Tensor | None]) -> None:
+    def _put(self, index: int, grads: list[torch.Tensor | None], rows: int | None = None) -> None:
+        """Takes up the gradients of the xs of one iteration, or of the stacks of ``rows`` of them."""
         if not self.run.plan.joined:
             for column, grad in zip(self.xs, grads):
                 column[index] = grad
@@ -220,12 +198,19 @@ class _Gradients:
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            if self.stacks[i] is None:
-                stack = torch.empty((self.run.plan.length, *grad.shape), dtype=grad.dtype, device=grad.device)
+            stack = self.stacks[i]
+            if stack is None:
+                size = grad.shape if rows is None else grad.shape[1:]
+                stack = torch.empty((self.run.plan.length, *size), dtype=grad.dtype, device=grad.device)
                 self.stacks[i] = stack
-                self.xs[i] = list(stack.unbind(0))
-            places.append(self.xs[i][index])
-            values.append(grad)
+                if not self.run.plan.packed:
+                    self.xs[i] = list(stack.unbind(0))
+            if self.run.plan.packed:
+                places.append(stack.narrow(0, index, rows or 1))
+                values.append(grad if rows else grad.unsqueeze(0))
+            else:
+                places.append(self.xs[i][index])
+                values.append(grad)
         if places:
             _compat.foreach_copy_(places, values)
 
@@ -314,14 +299,19 @@ def run_forward(
         if train and size and (chunk + 1) % size == 0 and chunk + 1 < len(plan.chunks):
             states = run.states()
         at = plan.carries
-        for position, y in zip(positions, program.ys):
-            ys[plan.order[position]] = list(outs[at : at + y.tensors])
-            at += y.tensors
+        if plan.packed:
+            some = list(outs[at : program.outputs])
+            ys[plan.rows(positions)[0]] = some if program.packed else [y.unsqueeze(0) for y in some]
+        else:
+            for position, y in zip(positions, program.ys):
+                ys[plan.order[position]] = list(outs[at : at + y.tensors])
+                at += y.tensors
         carry = list(outs[: plan.carries])
         if not models:
             models = _models(outs[: program.outputs])
     if plan.joined:
-        flat = [torch.stack(column) for column in zip(*ys)]
+        join = torch.cat if plan.packed else torch.stack
+        flat = [join(column) for column in zip(*filter(None, ys))]
         if train and not size:
             # NOTE [outputs on the node]: the last chunk may have saved its carry; a node that holds its own output is
             # a cycle that only the garbage collector frees.

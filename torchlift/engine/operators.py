@@ -12,8 +12,9 @@ import torch
 
 from torchlift.engine.capture import NestedLoopError, like_strided
 from torchlift.engine.handles import Handle, blank, graph_inputs, handle_named, inverse
-from torchlift.engine.node import Residuals, run_backward, run_forward
+from torchlift.engine.node import run_backward, run_forward
 from torchlift.engine.plan import Program
+from torchlift.engine.residuals import Residuals
 from torchlift.engine.roster import check_versions, roster_of
 from torchlift.engine.spans import Names
 
@@ -206,7 +207,7 @@ def _fake_forward(
         return like.new_empty((n, *like.shape))
 
     found = [torch.empty_like(t) for t in carry]
-    found += [many(spec.length, t) for t in y]
+    found += [many(spec.length, t[0] if program.packed else t) for t in y]
     if not spec.train:
         return found
     size = plan.pieces[0] if plan.pieces else 1

@@ -16,7 +16,10 @@ from torchlift.engine.trees import Template
 
 @dataclass
 class Program:
-    """Compiled graphs of ``steps`` iterations. Inputs: consts, carry, the x of each step, closures; see ``Graphs``."""
+    """Compiled graphs of ``steps`` iterations. Inputs: consts, carry, the x of each step, closures; see ``Graphs``.
+
+    ``packed``: the xs of all steps are one, of stacks, and so are the ys.
+    """
 
     fw: Boxed
     bw: Boxed | None
@@ -32,6 +35,7 @@ class Program:
     random: bool
     saved_bytes: int
     recomputed: int
+    packed: bool = False
     closures: int = 0
     shapes: torch.fx.GraphModule | None = None  # the forward, to infer shapes with
     grads: list[bool] = field(default_factory=list)  # per input: whether backward gives it a gradient
@@ -65,6 +69,7 @@ class Plan:
     plain: Callable[..., tuple[Any, ...]]  # the plain loop over the same tensors, for double backward
     joined: bool = False  # ys, and gradients of xs, come as stacks; always so if xs does
     random: bool = field(init=False)
+    packed: bool = field(init=False)  # some programs are
     single: bool = field(init=False)  # one graph is all there is
     places: list[int] = field(init=False)  # then: where the inputs of the graph stand among those of the node
     not_differentiable: list[int] = field(init=False)  # outputs
@@ -73,6 +78,7 @@ class Plan:
         first = self.chunks[0][0]
         self.random = any(program.random for program, _ in self.chunks)
         self.joined = self.joined or self.stacked
+        self.packed = any(program.packed for program, _ in self.chunks)
         self.single = len(self.chunks) == 1 and not self.joined and not self.pieces
         a, b = self.consts, self.consts + self.closures
         self.places = [*range(a), *range(b, b + self.carries + self.x_tensors * self.length), *range(a, b)]
@@ -84,6 +90,10 @@ class Plan:
     @property
     def length(self) -> int:
         return len(self.order)
+
+    def rows(self, positions: range) -> tuple[int, int]:
+        """Where the rows of consecutive positions start in a stack of all iterations, and how many they are."""
+        return min(self.order[positions[0]], self.order[positions[-1]]), len(positions)
 
 
 def unroll_of(unroll: int | str, length: int, consts: Sequence[torch.Tensor], even: bool = False) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from torchlift import _compat
+from torchlift.engine.packs import call, view_wholes
 
 aten = torch.ops.aten
 ROWS = 512  # a product of as many rows keeps the machine busy by itself
@@ -33,6 +34,7 @@ def join_products(joint: GraphModule, outputs: int) -> None:
             if len(members) > 1:
                 _join_rows(graph, members)
                 _sort(graph)
+    view_wholes(graph, [node for node in _flat(output)[:outputs] if isinstance(node, Node)])
     graph.eliminate_dead_code()
     graph.lint()
     joint.recompile()
@@ -43,7 +45,7 @@ def join_products(joint: GraphModule, outputs: int) -> None:
 
 def _join_sum(graph: Graph, total: Node) -> None:
     """``A1 @ B1 + A2 @ B2 + ...`` as ``[A1 A2 ...] @ [B1; B2; ...]``, and a sum of sums of rows as one sum."""
-    leaves = _summands(total)
+    leaves = _summands(total)[::-1]  # autograd adds them from the last iteration to the first
     if len(leaves) < 2:
         return
     with graph.inserting_before(total):
@@ -51,13 +53,13 @@ def _join_sum(graph: Graph, total: Node) -> None:
         if all(pair is not None and _size(pair[0][0], 0 if pair[0][1] else 1) < ROWS for pair in factors):
             left = _stacked(graph, [pair[0] for pair in factors if pair], 1)
             right = _stacked(graph, [pair[1] for pair in factors if pair], 0)
-            new = _call(graph, total, aten.mm.default, left, right)
+            new = call(graph, total, aten.mm.default, left, right)
         elif all(_summed_rows(leaf) is not None for leaf in leaves):
             rows = [row for leaf in leaves if (row := _summed_rows(leaf)) is not None]
             if len({row.meta["val"].ndim for row in rows}) > 1:
                 return
-            sums = _call(graph, total, aten.sum.dim_IntList, _call(graph, total, aten.cat.default, rows, 0), [0], True)
-            new = _call(graph, total, aten.view.default, sums, list(total.meta["val"].shape))
+            sums = call(graph, total, aten.sum.dim_IntList, call(graph, total, aten.cat.default, rows, 0), [0], True)
+            new = call(graph, total, aten.view.default, sums, list(total.meta["val"].shape))
         else:
             return
     total.replace_all_uses_with(new)
@@ -99,10 +101,10 @@ def _factors(leaf: Node) -> tuple[_Factor, _Factor] | None:
 def _stacked(graph: Graph, factors: Sequence[_Factor], dim: int) -> Node:
     """Factors side by side (``dim`` 1) or one under the other (0)."""
     if all(transposed for _, transposed in factors):
-        joined = _call(graph, factors[0][0], aten.cat.default, [node for node, _ in factors], 1 - dim)
-        return _call(graph, joined, aten.permute.default, joined, [1, 0])
-    parts = [_call(graph, n, aten.permute.default, n, [1, 0]) if transposed else n for n, transposed in factors]
-    return _call(graph, parts[0], aten.cat.default, parts, dim)
+        joined = call(graph, factors[0][0], aten.cat.default, [node for node, _ in factors], 1 - dim)
+        return call(graph, joined, aten.permute.default, joined, [1, 0])
+    parts = [call(graph, n, aten.permute.default, n, [1, 0]) if transposed else n for n, transposed in factors]
+    return call(graph, parts[0], aten.cat.default, parts, dim)
 
 
 def _summed_rows(leaf: Node) -> Node | None:
@@ -151,15 +153,15 @@ def _join_rows(graph: Graph, members: list[Node]) -> None:
     *bias, _, by = first.args
     rows = [member.args[-2] for member in members]
     with graph.inserting_after(first):  # its place is found by sorting
-        joined = _call(graph, first, aten.cat.default, rows, 0)
+        joined = call(graph, first, aten.cat.default, rows, 0)
     with graph.inserting_after(joined):
-        product = _call(graph, first, first.target, *bias, joined, by)
+        product = call(graph, first, first.target, *bias, joined, by)
     at: Any = 0
     cursor = product
     for member in members:
         size = member.meta["val"].shape[0]
         with graph.inserting_after(cursor):
-            cursor = _call(graph, first, aten.slice.Tensor, product, 0, at, at + size)
+            cursor = call(graph, first, aten.slice.Tensor, product, 0, at, at + size)
         member.replace_all_uses_with(cursor)
         at = at + size
     for member in members:
@@ -183,14 +185,6 @@ def _sort(graph: Graph) -> None:
                 done.add(node)
                 if node.op != "output":
                     nodes[-1].prepend(node)
-
-
-def _call(graph: Graph, like: Node, target: Any, *args: Any) -> Node:
-    """A new node for the pass that ``like`` belongs to, with its value on fakes."""
-    node = graph.call_function(target, args)
-    node.meta = {key: value for key, value in like.meta.items() if key in ("partitioner_tag", "custom", "seq_nr")}
-    node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda a: a.meta["val"]))
-    return node
 
 
 def _size(node: Any, dim: int) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import capture, compiled
-from torchlift.engine.capture import CaptureError, Signature, like_strided
+from torchlift.engine.capture import CaptureError, like_strided
 from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
@@ -26,6 +26,7 @@ from torchlift.engine.plain import why_not
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
 from torchlift.engine.remat import captures_body
+from torchlift.engine.signature import Signature
 from torchlift.engine.spans import Names
 from torchlift.engine.trees import Template, split, whole
 from torchlift.errors import TorchliftCompileWarning, warn
@@ -231,16 +232,26 @@ class _Job:
     options: _Options
 
     def program(
-        self, xs: Sequence[list[torch.Tensor]], templates: Sequence[Template], carry_flags: Sequence[bool]
-    ) -> tuple[Program, list[torch.Tensor]]:
-        """The program for iterations on ``xs``, and the tensors that the body closes over."""
+        self, xs: Sequence[list[torch.Tensor]], templates: Sequence[Template], carry_flags: Sequence[bool],
+        packed: int = 0,
+    ) -> tuple[Program, list[torch.Tensor]]:  # fmt: skip
+        """The program for iterations on ``xs``, and the tensors that the body closes over.
+
+        With ``packed``, what is in ``xs`` is stacks, of so many iterations.
+        """
         remat = self.options.remat
         flat = [t for x in xs for t in x]
         flags = [t.requires_grad for t in self.consts] + list(carry_flags) + [t.requires_grad for t in flat]
         return find_program(
             Request(
                 self.body,
-                Signature(self.consts_template, self.carry_template, tuple(templates)),
+                Signature(
+                    self.consts_template,
+                    self.carry_template,
+                    tuple(templates),
+                    packed,
+                    packed > 0 and self.options.reverse,
+                ),
                 [*self.consts, *self.carry, *flat],
                 tuple(self.train and flag for flag in flags),
                 self.train,
@@ -316,7 +327,8 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
     chunks: list[tuple[Program, range]] = []
     at = 0
     if unroll > 1:
-        several, _ = job.program([first] * unroll, [template] * unroll, job.carry_flags)
+        pack = [leaf.detach()[:unroll].requires_grad_(leaf.requires_grad) for leaf in leaves]
+        several, _ = job.program([pack], [template], job.carry_flags, packed=unroll)
         while at + unroll <= length:
             chunks.append((several, range(at, at + unroll)))
             at += unroll

@@ -1,0 +1,95 @@
+"""What a capture is of, some iterations of a body, and what comes of it, a pair of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchlift._compat import pytree
+from torchlift.engine.data import DataAsDetached
+from torchlift.engine.loop import Body, check_carry, stack
+from torchlift.engine.spans import at_step
+from torchlift.engine.trees import Template, Tree
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the non-tensor side of a capture depends on: the templates of consts, of the carry, and of each x.
+
+    If ``packed``, the xs of so many iterations come as one tree of stacks, and the ys go as one; ``reverse`` then runs
+    it from its end.
+    """
+
+    consts: Template
+    carry: Template
+    xs: tuple[Template, ...]
+    packed: int = 0
+    reverse: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.packed or len(self.xs)
+
+    @property
+    def tensors(self) -> int:
+        return self.consts.tensors + self.carry.tensors + sum(x.tensors for x in self.xs)
+
+
+@dataclass
+class Graphs:
+    """The forward and backward graph of some iterations, and how the values that backward needs reach it.
+
+    The forward takes consts, carry, xs and closures, and returns carry, ys and saved values. ``feeds`` says where
+    each input of the backward comes from: ("saved", i), ("input", i), or ("tangent", i), i an output's number. The
+    backward returns a gradient, or None, for every input of the forward.
+    """
+
+    fw: torch.fx.GraphModule
+    bw: torch.fx.GraphModule | None
+    fw_inputs: list[Any]
+    bw_inputs: list[Any]
+    outputs: int
+    feeds: list[tuple[str, int]] = field(default_factory=list)
+    shared_grads: list[bool] = field(default_factory=list)  # per input: its gradient may be another value's memory
+    recomputed: int = 0
+    grads: list[bool] = field(default_factory=list)  # per input: whether it gets a gradient
+    marks: list[tuple[str, int] | None] = field(default_factory=list)  # of the spans in the forward; see ``Recorder``
+
+
+def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list[Tree]]]:
+    """The iterations of ``signature`` as a function of flat tensors, in the order consts, carry, xs."""
+
+    def fn(*tensors: torch.Tensor) -> tuple[Tree, list[Tree]]:
+        a, b = signature.consts.tensors, signature.consts.tensors + signature.carry.tensors
+        consts, carry = signature.consts.fill(tensors[:a]), signature.carry.fill(tensors[a:b])
+        steps = signature.steps
+        ys: list[Tree] = [None] * steps
+        for step, x in enumerate(_xs(signature, tensors[b:])):
+            at_step(step)
+            old = carry
+            expected, spec = pytree.tree_flatten(carry)
+            with DataAsDetached():
+                carry, y = body.fn(consts, carry, x)
+            check_carry(body.name, old, expected, spec, carry)
+            ys[steps - 1 - step if signature.reverse else step] = y
+        return carry, [stack(body.name, ys).tree] if signature.packed else ys
+
+    return fn
+
+
+def _xs(signature: Signature, tensors: Sequence[torch.Tensor]) -> Iterator[Tree]:
+    """The x of each iteration, in the order they run."""
+    if signature.packed:
+        # Turned as a whole: rows in the order they run are one matrix for the products of all iterations.
+        stacks = [tensor.flip(0) if signature.reverse else tensor for tensor in tensors[: signature.xs[0].tensors]]
+        columns = [tensor.unbind(0) for tensor in stacks]
+        for i in range(signature.packed):
+            yield signature.xs[0].fill([column[i] for column in columns])
+        return
+    at = 0
+    for x in signature.xs:
+        yield x.fill(tensors[at : at + x.tensors])
+        at += x.tensors
