@@ -295,14 +295,14 @@ def joint_graph(fn: Callable[..., Any], fakes: list[torch.Tensor], train: bool, 
 
 
 def partition(
-    joint: torch.fx.GraphModule, fakes: list[Any], outputs: int, inductor: bool
+    joint: torch.fx.GraphModule, fakes: list[Any], outputs: int, inductor: bool, held: list[int]
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """Cuts a joint graph in a forward and a backward, minimising what passes between them."""
+    """Cuts a joint graph in a forward and a backward, minimising what passes between them; inputs ``held`` are free."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.compile_fx import partition_fn
 
     cut: Any = partition_fn if inductor and fakes else min_cut_rematerialization_partition
-    return cut(joint, fakes, num_fwd_outputs=outputs, static_lifetime_input_indices=[])
+    return cut(joint, fakes, num_fwd_outputs=outputs, static_lifetime_input_indices=held)
 
 
 def marked(mark: int) -> contextlib.AbstractContextManager[None]:

@@ -230,7 +230,9 @@ def trace(
     hide_undrawn(joint)
     holders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     names, vals = [node.name for node in holders], [node.meta["val"] for node in holders]
-    fw, bw = _compat.partition(joint, vals, count, inductor)
+    carries = range(signature.consts.tensors, signature.consts.tensors + seen.carries)
+    held = [i for i in range(len(fakes)) if i not in carries]  # by the node around the loop
+    fw, bw = _compat.partition(joint, vals, count, inductor, held)
     for graph in (fw, bw):
         show_undrawn(graph)
     graphs = _wire(fw, bw, names[: len(fakes)], names[len(fakes) :], count, seen.requires_grad)

@@ -303,7 +303,7 @@ def _inputs(spec: Spec, one: list[torch.Tensor], tensors: Sequence[torch.Tensor]
     """Those of a graph of so many iterations, of which ``one`` has a single one's."""
     start = len(one) - spec.x.tensors
     if steps > 1 and spec.stacked:
-        return [*one[:start], *(t.detach()[:steps] for t in tensors[start:])]
+        return [*one[:start], *(t.detach()[:steps].contiguous() for t in tensors[start:])]
     return [*one[:start], *one[start:] * steps]
 
 

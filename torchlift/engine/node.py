@@ -54,7 +54,8 @@ class _Execution:
         plan = self.plan
         program, positions = plan.chunks[chunk]
         if program.packed:
-            xs = [leaf.narrow(0, *plan.rows(positions)) for leaf in self.xs]
+            # Copied here, where they are not, so that what backward needs of it is the stack and no copy.
+            xs = [leaf.narrow(0, *plan.rows(positions)).contiguous() for leaf in self.xs]
         else:
             xs = [column[plan.order[p]] for p in positions for column in self.columns]
         return [*self.consts, *carry, *xs, *self.closures]

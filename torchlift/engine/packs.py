@@ -46,7 +46,7 @@ def select_rows(joint: GraphModule) -> None:
 # Rows of one tensor, put together again -------------------------------------------------------------------------------
 
 
-def view_wholes(graph: Graph, outputs: Iterable[Node] = ()) -> None:
+def view_wholes(graph: Graph, outputs: Iterable[Node]) -> None:
     """Takes views where rows of one tensor are put under one another as they were; not for ``outputs``, ever fresh."""
     fresh = {base for node in outputs for base in (node, *node.all_input_nodes[: node.target is aten.view.default])}
     for node in list(graph.nodes):
@@ -86,12 +86,15 @@ def _joined(graph: Graph, like: Node, run: list[Node]) -> Node:
         whole = call(graph, like, aten.clone.default, whole)
         whole.kwargs = {"memory_format": torch.contiguous_format}
         whole.meta["val"] = whole.meta["val"].contiguous()
-    size = run[0].meta["val"].shape
-    return call(graph, like, aten.view.default, whole, [size[0] * len(run), *size[1:]])
+    shapes = [node.meta["val"].shape for node in run]
+    rows = sum(shape[0] for shape in shapes)
+    return call(graph, like, aten.view.default, whole, [rows if isinstance(rows, int) else -1, *shapes[0][1:]])
 
 
 def _part_of(node: Node) -> tuple[Node, int, int] | None:
     """A tensor, and from which row to which ``node`` is of it, if it is."""
+    if not all(isinstance(size, int) for size in node.meta["val"].shape[1:]):
+        return None  # there is no number to write in a graph
     while node.target is aten.view.default:
         node = node.args[0]  # type: ignore[assignment]
     if node.target is aten.select.int and node.args[1] == 0:
@@ -135,7 +138,8 @@ def pack_saved(graphs: Graphs, stacks_from: int) -> None:
     apart = [i for i, node in enumerate(saved) if node not in places]
     output.args = ((*outs, *(saved[i] for i in apart), *packs),)
     _take_from_packs(graphs, [places.get(node) for node in saved], [pack.meta["val"] for pack in packs])
-    view_wholes(graphs.bw.graph)
+    gradients = next(iter(reversed(graphs.bw.graph.nodes))).args[0]
+    view_wholes(graphs.bw.graph, [node for node in gradients if isinstance(node, Node)])
     graphs.bw.graph.eliminate_dead_code()
     for graph in (graphs.fw, graphs.bw):
         graph.graph.lint()
@@ -144,17 +148,15 @@ def pack_saved(graphs: Graphs, stacks_from: int) -> None:
 
 def _output_packs(outs: list[Any], saved: list[Node]) -> list[Node]:
     """Outputs that are packs of values which, for the most part, are saved as well."""
-    found = []
+    found: list[Node] = []
+    wanted = set(saved)
     for out in outs:
         pack = out.args[0] if out.target is aten.view.default else out
-        if (
-            pack.target is aten.cat.default
-            and pack.args[1:] in ((), (0,))
-            and len(set(pack.args[0])) == len(pack.args[0])
-        ):
-            members = [node for node in pack.args[0] if node in saved]
+        if pack.target is aten.cat.default and pack.args[1:] in ((), (0,)):
+            members = [node for node in pack.args[0] if node in wanted]
             if 2 * len(members) > len(pack.args[0]) and all(map(_is_small, members)):
                 found.append(pack)
+                wanted.difference_update(members)
     return found
 
 

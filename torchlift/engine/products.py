@@ -9,7 +9,7 @@ changes: the order in which a gradient is summed. Backends that run graphs as th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,9 +122,9 @@ def _summed_rows(leaf: Node) -> Node | None:
 # Products that share their right factor -------------------------------------------------------------------------------
 
 
-def _groups(graph: Graph) -> dict[Hashable, list[Node]]:
-    """Products of few rows by one and the same input of the graph."""
-    found: dict[Hashable, list[Node]] = defaultdict(list)
+def _groups(graph: Graph) -> dict[tuple[Any, ...], list[Node]]:
+    """Products of so many rows, which are few, by one and the same input of the graph."""
+    found: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs:
             *bias, rows, by = node.args
@@ -132,8 +132,10 @@ def _groups(graph: Graph) -> dict[Hashable, list[Node]]:
             bias_is_input = not bias or bias[0].op == "placeholder" and bias[0].meta["val"].ndim == 1
             if weight.op == "placeholder" and bias_is_input and _size(rows, 0) < ROWS:
                 tag = node.meta.get("partitioner_tag")
-                found[(node.target, *bias, weight, transposed, tag, _compat.mark_of(node))].append(node)
-    return found
+                size = str(rows.meta["val"].shape[0])  # symbolic sizes have no hash
+                found[(node.target, *bias, weight, transposed, size, tag, _compat.mark_of(node))].append(node)
+    # Backward goes from the last iteration to the first; what is joined starts with the first.
+    return {key: nodes[::-1] if "is_backward" in key else nodes for key, nodes in found.items()}
 
 
 def _levels(graph: Graph, members: list[Node]) -> list[list[Node]]:
@@ -149,6 +151,7 @@ def _levels(graph: Graph, members: list[Node]) -> list[list[Node]]:
 
 
 def _join_rows(graph: Graph, members: list[Node]) -> None:
+    """One product in the place of ``members``, which have the same number of rows."""
     first = members[0]
     *bias, _, by = first.args
     rows = [member.args[-2] for member in members]
@@ -156,14 +159,13 @@ def _join_rows(graph: Graph, members: list[Node]) -> None:
         joined = call(graph, first, aten.cat.default, rows, 0)
     with graph.inserting_after(joined):
         product = call(graph, first, first.target, *bias, joined, by)
-    at: Any = 0
-    cursor = product
-    for member in members:
-        size = member.meta["val"].shape[0]
+    with graph.inserting_after(product):  # where the size is symbolic there is no number to write in a graph
+        parts = call(graph, first, aten.view.default, product, [len(members), -1, product.meta["val"].shape[1]])
+    cursor = parts
+    for i, member in enumerate(members):
         with graph.inserting_after(cursor):
-            cursor = call(graph, first, aten.slice.Tensor, product, 0, at, at + size)
+            cursor = call(graph, first, aten.select.int, parts, 0, i)
         member.replace_all_uses_with(cursor)
-        at = at + size
     for member in members:
         graph.erase_node(member)
 
