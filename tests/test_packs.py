@@ -168,6 +168,22 @@ def test_a_carry_may_be_written_into_after_the_loop(packed):
     torch.testing.assert_close(gradient(EAGER_GRAPHS, True), gradient(False, False), rtol=1e-12, atol=0)
 
 
+def test_what_comes_out_is_no_view_of_what_went_in(packed):
+    """Rows that are put together as they were are a view, but not where they come out."""
+
+    def body(c, h, x):
+        whole = torch.cat([x[:1], x[1:]])
+        return h + whole.sum(), {"whole": whole, "detached": whole.detach()}
+
+    x = torch.randn(6, 3)
+    for unroll in (1, 3, 6):
+        body_ = Body(body, ("packs", "wholes"), "scan(wholes)")
+        _, ys = run(body_, None, rand(1), Stacked(x), 6, unroll=unroll, compile=EAGER_GRAPHS)
+        storages = {t.untyped_storage().data_ptr() for t in (x, *ys.tree.values())}
+        assert len(storages) == 3
+        assert_equal(list(ys.tree.values()), [x, x], exact=True)
+
+
 def test_some_gradients_of_ys_are_missing(packed):
     def grads(compile):
         consts, h, x = inputs(7)

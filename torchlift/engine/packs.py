@@ -48,7 +48,7 @@ def select_rows(joint: GraphModule) -> None:
 
 def view_wholes(graph: Graph, outputs: Iterable[Node]) -> None:
     """Takes views where rows of one tensor are put under one another as they were; not for ``outputs``, ever fresh."""
-    fresh = {base for node in outputs for base in (node, *node.all_input_nodes[: node.target is aten.view.default])}
+    fresh = {base for node in outputs for base in _bases(node)}
     for node in list(graph.nodes):
         if node.target is not aten.cat.default or node in fresh or len(node.args) > 1 and node.args[1] != 0:
             continue
@@ -60,6 +60,14 @@ def view_wholes(graph: Graph, outputs: Iterable[Node]) -> None:
         if len(members) == 1:
             node.replace_all_uses_with(members[0])
             graph.erase_node(node)
+
+
+def _bases(node: Node) -> Iterator[Node]:
+    """``node``, and what it is a view of."""
+    yield node
+    while getattr(node.target, "is_view", False):
+        node = node.all_input_nodes[0]
+        yield node
 
 
 def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
