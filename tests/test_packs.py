@@ -10,7 +10,7 @@ from engine_zoo import EAGER_GRAPHS, WAYS, ZOO, assert_equal, double, evaluate, 
 from torch import nn
 
 from torchlift import scan
-from torchlift.engine import compiled, packs
+from torchlift.engine import capture, compiled, packs
 from torchlift.engine.compiled import clear_cache
 from torchlift.engine.graphs import Backend
 from torchlift.engine.run import Body, Stacked, last_report, run
@@ -227,6 +227,67 @@ def test_batches_of_any_size(packed, dynamic):
         assert last_report().path == "compiled", last_report()
         assert_equal(got[1], expected[1], exact=False)
     assert compiled.compilations["packs", "cell"] <= 4
+
+
+ODD = {
+    "no columns": lambda h, x: h + x[:, :0] @ h.new_zeros(0, 4),
+    "a weight of no columns": lambda h, x: h + x @ h.new_ones(3, 0) @ h.new_ones(0, 4),
+    "a symbolic row": lambda h, x: h + torch.cat([x.select(0, len(x) - 1), x.select(0, len(x) // 2)]).sum(),
+    "empty rows first": lambda h, x: h + torch.cat([x[2:1], x[1:]]).cos().sum(),
+    "rows of two tensors": lambda h, x: h + torch.cat([x[:1], x[1:], h[:1, :3], h[1:, :3]]).sum(),
+    "a weight as wide as the batch": lambda h, x: h + (x.T @ h).sin().sum() + ((x.T + 1) @ h).cos().sum(),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_rows(packed, name, dynamic):
+    def body(c, h, x):
+        h = ODD[name](h, x).tanh()
+        return h, {"h": h}
+
+    for batch in (5, 3):
+        h, x = rand(batch, 4), rand(6, batch, 3)
+        ways = (False, {**EAGER_GRAPHS, "dynamic": dynamic})
+        expected, got = [found({}, h, x, fn=body, unroll=3, compile=way) for way in ways]
+        assert last_report().path == "compiled", last_report()
+        assert_equal(got[0], expected[0], exact=False)
+        assert_equal(got[1], expected[1], exact=False)
+
+
+def test_a_weight_of_no_columns_leaves_the_loop_compiled(packed):
+    def body(c, h, x):
+        return h + x @ c["a"] @ c["b"], {}
+
+    expected, got = [
+        found(
+            {"a": torch.ones(3, 0, requires_grad=True), "b": torch.ones(0, 4, requires_grad=True)},
+            *inputs(6)[1:],
+            fn=body,
+            unroll=3,
+            compile=way,
+        )
+        for way in (False, EAGER_GRAPHS)
+    ]
+    assert last_report().path == "compiled", last_report()
+    assert_equal(got[1], expected[1], exact=False)
+
+
+def test_images_keep_their_layout(packed):
+    """A convolution of images with the channels last is another one, and a faster one on many devices."""
+    layouts = []
+
+    def body(c, h, x):
+        layouts.append(x.stride())
+        return nn.functional.conv2d(x, c["w"], padding=1) + h, {}
+
+    x = torch.randn(6 * 2, 4, 5, 5).to(memory_format=torch.channels_last).unflatten(0, (6, 2)).requires_grad_()
+    consts, h = {"w": rand(4, 4, 3, 3)}, rand(2, 4, 5, 5)
+    expected, got = [found(consts, h, x, fn=body, unroll=3, compile=way) for way in (False, EAGER_GRAPHS)]
+    assert len(set(layouts)) == 1
+    assert_equal(got[1], expected[1], exact=False)
+    stack = x.detach()[:, :, ::2]
+    assert capture.rows_of(stack, 1, 2)[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_ys_that_differ_between_iterations_are_refused_as_the_loop_does(packed):

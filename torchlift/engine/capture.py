@@ -239,7 +239,7 @@ def trace(
     if join and several:
         # Ys that come as stacks are copied into those of all iterations, and may be saved as well.
         pack_saved(graphs, seen.carries if signature.packed else count)
-    return replace(graphs, marks=spans.marks)
+    return replace(graphs, marks=spans.marks, shared_grads=_shared(bw))
 
 
 def like_strided(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -247,6 +247,20 @@ def like_strided(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     order = stride_order(like)
     back = sorted(range(len(order)), key=order.__getitem__)
     return out.permute(order).contiguous().permute(back) if order != sorted(order) else out.contiguous()
+
+
+def rows_of(stack: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """So many rows of ``stack``, one after the other in memory, each laid out as it was.
+
+    Copied here where there are gaps, so that what backward needs of a graph's input is the stack and not a copy.
+    """
+    rows = stack.narrow(0, first, count)
+    if rows.is_contiguous():
+        return rows
+    sizes, strides = ([_compat.size_hint(n) for n in numbers[1:]] for numbers in (rows.size(), rows.stride()))
+    order = [0, *(d + 1 for d in order_of(sizes, strides))]
+    laid = rows.permute(order)
+    return rows if laid.is_contiguous() else laid.contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def stride_order(tensor: torch.Tensor) -> list[int]:
@@ -350,9 +364,8 @@ def _wire(
         [node.meta["val"] for node in holders],
         count,
         [source[node.name] for node in holders],
-        _shared(bw),
-        sum(node.op == "call_function" and node.name in forward_names for node in bw.graph.nodes),
-        [node is not None for node in next(iter(reversed(bw.graph.nodes))).args[0]],
+        recomputed=sum(node.op == "call_function" and node.name in forward_names for node in bw.graph.nodes),
+        grads=[node is not None for node in next(iter(reversed(bw.graph.nodes))).args[0]],
     )
 
 

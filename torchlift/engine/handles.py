@@ -21,7 +21,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import compiled
-from torchlift.engine.capture import CaptureError, order_of, stride_order
+from torchlift.engine.capture import CaptureError, order_of, rows_of, stride_order
 from torchlift.engine.compiled import Request, capture_program, settle
 from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
@@ -303,7 +303,7 @@ def _inputs(spec: Spec, one: list[torch.Tensor], tensors: Sequence[torch.Tensor]
     """Those of a graph of so many iterations, of which ``one`` has a single one's."""
     start = len(one) - spec.x.tensors
     if steps > 1 and spec.stacked:
-        return [*one[:start], *(t.detach()[:steps].contiguous() for t in tensors[start:])]
+        return [*one[:start], *(rows_of(t.detach(), 0, steps) for t in tensors[start:])]
     return [*one[:start], *one[start:] * steps]
 
 

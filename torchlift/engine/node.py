@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torchlift import _compat
+from torchlift.engine.capture import rows_of
 from torchlift.engine.draws import States, read_states, write_states
 from torchlift.engine.plan import Plan, Program
 from torchlift.engine.residuals import Residuals
@@ -54,8 +55,7 @@ class _Execution:
         plan = self.plan
         program, positions = plan.chunks[chunk]
         if program.packed:
-            # Copied here, where they are not, so that what backward needs of it is the stack and no copy.
-            xs = [leaf.narrow(0, *plan.rows(positions)).contiguous() for leaf in self.xs]
+            xs = [rows_of(leaf, *plan.rows(positions)) for leaf in self.xs]
         else:
             xs = [column[plan.order[p]] for p in positions for column in self.columns]
         return [*self.consts, *carry, *xs, *self.closures]

@@ -47,7 +47,10 @@ def select_rows(joint: GraphModule) -> None:
 
 
 def view_wholes(graph: Graph, outputs: Iterable[Node]) -> None:
-    """Takes views where rows of one tensor are put under one another as they were; not for ``outputs``, ever fresh."""
+    """Takes views where rows of one tensor are put under one another as they were; not for ``outputs``, ever fresh.
+
+    Of gradients that are no outputs here it is noted afterwards which share memory.
+    """
     fresh = {base for node in outputs for base in _bases(node)}
     for node in list(graph.nodes):
         if node.target is not aten.cat.default or node in fresh or len(node.args) > 1 and node.args[1] != 0:
@@ -100,19 +103,21 @@ def _joined(graph: Graph, like: Node, run: list[Node]) -> Node:
 
 
 def _part_of(node: Node) -> tuple[Node, int, int] | None:
-    """A tensor, and from which row to which ``node`` is of it, if it is."""
-    if not all(isinstance(size, int) for size in node.meta["val"].shape[1:]):
-        return None  # there is no number to write in a graph
+    """A tensor, the first row of it that is in ``node`` and the first that is not any more, if it is rows of one."""
+    if not all(isinstance(size, int) and size > 0 for size in node.meta["val"].shape[1:]):
+        return None  # a symbolic size is no number to write in a graph
     while node.target is aten.view.default:
         node = node.args[0]  # type: ignore[assignment]
     if node.target is aten.select.int and node.args[1] == 0:
-        lo, hi = node.args[2], node.args[2] + 1  # type: ignore[operator]
+        base, _, lo = node.args
+        hi = lo + 1 if isinstance(lo, int) else None
     elif node.target is aten.slice.Tensor and node.args[1] == 0 and len(node.args) == 4:
-        lo, hi = node.args[2], node.args[3]
+        base, _, lo, hi = node.args  # type: ignore[assignment]
     else:
         return None
-    base = node.args[0]
-    return (base, lo, hi) if isinstance(base, Node) and type(lo) is type(hi) is int and 0 <= lo else None
+    if isinstance(base, Node) and isinstance(lo, int) and isinstance(hi, int) and 0 <= lo < hi:
+        return base, lo, hi
+    return None
 
 
 # Saved values ---------------------------------------------------------------------------------------------------------

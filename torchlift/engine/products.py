@@ -130,12 +130,14 @@ def _groups(graph: Graph) -> dict[tuple[Any, ...], list[Node]]:
             *bias, rows, by = node.args
             weight, transposed = _matrix(by)
             bias_is_input = not bias or bias[0].op == "placeholder" and bias[0].meta["val"].ndim == 1
-            if weight.op == "placeholder" and bias_is_input and _size(rows, 0) < ROWS:
-                tag = node.meta.get("partitioner_tag")
-                size = str(rows.meta["val"].shape[0])  # symbolic sizes have no hash
-                found[(node.target, *bias, weight, transposed, size, tag, _compat.mark_of(node))].append(node)
+            count, width = node.meta["val"].shape
+            known = isinstance(width, int) and width > 0
+            if weight.op == "placeholder" and bias_is_input and known and _size(rows, 0) < ROWS:
+                backward = node.meta.get("partitioner_tag") == "is_backward"
+                same = str(count)  # symbolic sizes have no hash
+                found[(backward, node.target, *bias, weight, transposed, same, _compat.mark_of(node))].append(node)
     # Backward goes from the last iteration to the first; what is joined starts with the first.
-    return {key: nodes[::-1] if "is_backward" in key else nodes for key, nodes in found.items()}
+    return {key: nodes[::-1] if key[0] else nodes for key, nodes in found.items()}
 
 
 def _levels(graph: Graph, members: list[Node]) -> list[list[Node]]:

@@ -13,7 +13,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import capture, compiled
-from torchlift.engine.capture import CaptureError, like_strided
+from torchlift.engine.capture import CaptureError, like_strided, rows_of
 from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
@@ -327,7 +327,7 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
     chunks: list[tuple[Program, range]] = []
     at = 0
     if unroll > 1:
-        pack = [leaf.detach()[:unroll].contiguous().requires_grad_(leaf.requires_grad) for leaf in leaves]
+        pack = [rows_of(leaf.detach(), 0, unroll).requires_grad_(leaf.requires_grad) for leaf in leaves]
         several, _ = job.program([pack], [template], job.carry_flags, packed=unroll)
         while at + unroll <= length:
             chunks.append((several, range(at, at + unroll)))

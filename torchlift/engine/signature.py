@@ -42,9 +42,9 @@ class Signature:
 class Graphs:
     """The forward and backward graph of some iterations, and how the values that backward needs reach it.
 
-    The forward takes consts, carry, xs and closures, and returns carry, ys and saved values. ``feeds`` says where
-    each input of the backward comes from: ("saved", i), ("input", i), or ("tangent", i), i an output's number. The
-    backward returns a gradient, or None, for every input of the forward.
+    The forward takes consts, carry, xs and closures, and returns carry, ys and saved values, xs and ys as the signature
+    says. ``feeds`` says where each input of the backward comes from: ("saved", i), ("input", i), or ("tangent", i), i
+    an output's number. The backward returns a gradient, or None, for every input of the forward.
     """
 
     fw: torch.fx.GraphModule
