@@ -39,7 +39,9 @@ def select_rows(joint: GraphModule) -> None:
         if isinstance(rows, Node) and rows.target is aten.unbind.int and rows.args[1:] in ((), (0,)):
             with graph.inserting_before(node):
                 node.replace_all_uses_with(call(graph, node, aten.select.int, rows.args[0], 0, node.args[1]))
-    graph.eliminate_dead_code()
+            graph.erase_node(node)
+            if not rows.users:
+                graph.erase_node(rows)
     joint.recompile()
 
 
