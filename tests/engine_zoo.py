@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from torchlift import checkpoint_policies
 from torchlift.engine import compiled
+from torchlift.engine.graphs import Backend
 from torchlift.engine.run import Body, Stacked, last_report, run
 
 EAGER_GRAPHS = {"backend": "aot_eager"}
@@ -25,6 +26,15 @@ def double():
     closed_over.grad = None
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """aot_eager gets its graphs as they were traced; here it gets what Inductor gets."""
+    monkeypatch.setattr(Backend, "exact", property(lambda self: False))
+    compiled.clear_cache()
+    yield
+    compiled.clear_cache()
 
 
 def rand(*size: int, **kw: Any) -> torch.Tensor:

@@ -6,27 +6,17 @@ import functools
 
 import pytest
 import torch
-from engine_zoo import EAGER_GRAPHS, WAYS, ZOO, assert_equal, double, evaluate, rand
+from engine_zoo import EAGER_GRAPHS, WAYS, ZOO, assert_equal, double, evaluate, packed, rand
 from torch import nn
 
 from torchlift import scan
 from torchlift.engine import capture, compiled, packs
-from torchlift.engine.compiled import clear_cache
 from torchlift.engine.graphs import Backend
 from torchlift.engine.run import Body, Stacked, last_report, run
 from torchlift.errors import IterationError
 
-__all__ = ["double"]  # an autouse fixture
+__all__ = ["double", "packed"]  # fixtures
 INDUCTOR = {"backend": "inductor"}
-
-
-@pytest.fixture
-def packed(monkeypatch):
-    """aot_eager gets its graphs as they were traced; here it gets what Inductor gets."""
-    monkeypatch.setattr(Backend, "exact", property(lambda self: False))
-    clear_cache()
-    yield
-    clear_cache()
 
 
 def cell(c, h, x):

@@ -4,25 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
+from engine_zoo import packed
 from torch import nn
 
 from torchlift import scan
 from torchlift.engine import capture
-from torchlift.engine.compiled import clear_cache
-from torchlift.engine.graphs import Backend
 from torchlift.engine.run import last_report
 
-pytestmark = pytest.mark.usefixtures("float64")
+__all__ = ["packed"]  # a fixture
+pytestmark = pytest.mark.usefixtures("float64", "packed")
 AOT = {"backend": "aot_eager"}
-
-
-@pytest.fixture(autouse=True)
-def joined(monkeypatch):
-    """aot_eager gets its graphs as they were traced; here it gets what Inductor gets."""
-    monkeypatch.setattr(Backend, "exact", property(lambda self: False))
-    clear_cache()
-    yield
-    clear_cache()
 
 
 class LSTM(nn.Module):

@@ -245,7 +245,7 @@ def trace(
 def like_strided(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``out`` with dimensions laid out in memory in the order of those of ``like``, copied only if they are not."""
     order = stride_order(like)
-    back = sorted(range(len(order)), key=order.__getitem__)
+    back = inverse(order)
     return out.permute(order).contiguous().permute(back) if order != sorted(order) else out.contiguous()
 
 
@@ -260,7 +260,7 @@ def rows_of(stack: torch.Tensor, first: int, count: int) -> torch.Tensor:
     sizes, strides = ([_compat.size_hint(n) for n in numbers[1:]] for numbers in (rows.size(), rows.stride()))
     order = [0, *(d + 1 for d in order_of(sizes, strides))]
     laid = rows.permute(order)
-    return rows if laid.is_contiguous() else laid.contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+    return rows if laid.is_contiguous() else laid.contiguous().permute(inverse(order))
 
 
 def stride_order(tensor: torch.Tensor) -> list[int]:
@@ -268,6 +268,11 @@ def stride_order(tensor: torch.Tensor) -> list[int]:
     if tensor.is_contiguous():
         return list(range(tensor.ndim))
     return order_of(tensor.size(), tensor.stride())
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes ``order``."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def order_of(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchlift import _compat
-from torchlift.engine.capture import stride_order
+from torchlift.engine.capture import inverse, stride_order
 from torchlift.engine.gemm import use_onednn
 from torchlift.engine.native import CALLED, is_native
 from torchlift.engine.signature import Graphs
@@ -133,7 +133,7 @@ def _make_dense(graphs: Graphs, mode: Any) -> None:
             value = graphs.bw_inputs[at]
             if kind == "saved" and isinstance(value, torch.Tensor):
                 order = stride_order(value)
-                back = sorted(range(len(order)), key=order.__getitem__)
+                back = inverse(order)
                 graphs.bw_inputs[at] = value.new_empty([value.size(d) for d in order]).permute(back)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import compiled
-from torchlift.engine.capture import CaptureError, order_of, rows_of, stride_order
+from torchlift.engine.capture import CaptureError, inverse, order_of, rows_of, stride_order
 from torchlift.engine.compiled import Request, capture_program, settle
 from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
@@ -305,8 +305,3 @@ def _inputs(spec: Spec, one: list[torch.Tensor], tensors: Sequence[torch.Tensor]
     if steps > 1 and spec.stacked:
         return [*one[:start], *(rows_of(t.detach(), 0, steps) for t in tensors[start:])]
     return [*one[:start], *one[start:] * steps]
-
-
-def inverse(order: Sequence[int]) -> list[int]:
-    """The permutation that undoes ``order``."""
-    return sorted(range(len(order)), key=order.__getitem__)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchlift import _compat
-from torchlift.engine.capture import rows_of
+from torchlift.engine.capture import inverse, rows_of
 from torchlift.engine.draws import States, read_states, write_states
 from torchlift.engine.plan import Plan, Program
 from torchlift.engine.residuals import Residuals
@@ -228,7 +228,7 @@ def _laid(gradient: torch.Tensor, order: list[int] | None) -> torch.Tensor:
     laid = gradient.permute(order)
     if laid.is_contiguous():
         return gradient
-    return laid.contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+    return laid.contiguous().permute(inverse(order))
 
 
 _Model = tuple[torch.Size, torch.dtype, torch.device]  # of an output, for a gradient of zeros

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from torchlift.engine.capture import NestedLoopError, like_strided
-from torchlift.engine.handles import Handle, blank, graph_inputs, handle_named, inverse
+from torchlift.engine.capture import NestedLoopError, inverse, like_strided
+from torchlift.engine.handles import Handle, blank, graph_inputs, handle_named
 from torchlift.engine.node import run_backward, run_forward
 from torchlift.engine.plan import Program
 from torchlift.engine.residuals import Residuals
