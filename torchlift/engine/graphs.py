@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torchlift import _compat
+from torchlift.engine.attention import use_products
 from torchlift.engine.capture import inverse, stride_order
 from torchlift.engine.gemm import use_onednn
 from torchlift.engine.native import CALLED, is_native
@@ -94,6 +95,7 @@ def compile_graphs(
             return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
     for graph in (graphs.fw, graphs.bw):
         if graph is not None:
+            use_products(graph)
             use_onednn(graph)
     fw_native, bw_native = [
         CALLED if native and graph is not None and is_native(graph) else None for graph in (graphs.fw, graphs.bw)
