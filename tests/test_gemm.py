@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def slow_mkl(monkeypatch):
-    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=True))
+    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=True, few_rows=False))
 
 
 def products(x, w, row, full, small):
@@ -32,7 +32,7 @@ def traced(dtype=torch.float32):
 def test_large_float32_products_are_replaced():
     graph, inputs = traced()
     expected = graph(*inputs)
-    gemm.use_onednn(graph)
+    gemm.tune_products(graph)
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.torchlift.product.default) == 5
     assert targets.count(aten.mm.default) == 3 and targets.count(aten.addmm.default) == 1
@@ -41,9 +41,9 @@ def test_large_float32_products_are_replaced():
 
 
 def test_where_a_transposed_first_factor_is_slow_it_stays(monkeypatch):
-    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=False))
+    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=False, few_rows=False))
     graph, _ = traced()
-    gemm.use_onednn(graph)
+    gemm.tune_products(graph)
     assert [node.target for node in graph.graph.nodes].count(torch.ops.torchlift.product.default) == 4
 
 
@@ -74,7 +74,7 @@ def test_what_stays_as_it_is(off, monkeypatch):
         monkeypatch.setattr(gemm, "_faster", lambda: None)
     if off == "switched off":
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    gemm.use_onednn(graph)
+    gemm.tune_products(graph)
     assert str(graph.graph) == before
 
 

@@ -277,7 +277,7 @@ def test_images_keep_their_layout(packed):
     assert len(set(layouts)) == 1
     assert_equal(got[1], expected[1], exact=False)
     stack = x.detach()[:, :, ::2]
-    assert capture.rows_of(stack, 1, 2)[0].is_contiguous(memory_format=torch.channels_last)
+    assert capture.rows_of(stack)(1, 2)[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_ys_that_differ_between_iterations_are_refused_as_the_loop_does(packed):

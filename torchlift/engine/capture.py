@@ -249,18 +249,18 @@ def like_strided(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return out.permute(order).contiguous().permute(back) if order != sorted(order) else out.contiguous()
 
 
-def rows_of(stack: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """So many rows of ``stack``, one after the other in memory, each laid out as it was.
+def rows_of(stack: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    """What takes so many rows of ``stack`` from a first one on: one after the other in memory, each laid out as it was.
 
-    Copied here where there are gaps, so that what backward needs of a graph's input is the stack and not a copy.
+    They are copied where there are gaps, so that what backward needs of a graph's input is the stack and not a copy.
+    How is decided here, once for all of a loop's graphs: to find it out takes longer than to copy.
     """
-    rows = stack.narrow(0, first, count)
-    if rows.is_contiguous():
-        return rows
-    sizes, strides = ([_compat.size_hint(n) for n in numbers[1:]] for numbers in (rows.size(), rows.stride()))
+    sizes, strides = ([_compat.size_hint(n) for n in numbers[1:]] for numbers in (stack.size(), stack.stride()))
     order = [0, *(d + 1 for d in order_of(sizes, strides))]
-    laid = rows.permute(order)
-    return rows if laid.is_contiguous() else laid.contiguous().permute(inverse(order))
+    if order == sorted(order):
+        return lambda first, count: stack.narrow(0, first, count).contiguous()
+    laid, back = stack.permute(order), inverse(order)
+    return lambda first, count: laid.narrow(0, first, count).contiguous().permute(back)
 
 
 def stride_order(tensor: torch.Tensor) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.attention import use_products
 from torchlift.engine.capture import inverse, stride_order
-from torchlift.engine.gemm import use_onednn
+from torchlift.engine.gemm import tune_products
 from torchlift.engine.native import CALLED, is_native
 from torchlift.engine.signature import Graphs
 from torchlift.engine.spans import Placed, place
@@ -96,7 +96,7 @@ def compile_graphs(
     for graph in (graphs.fw, graphs.bw):
         if graph is not None:
             use_products(graph)
-            use_onednn(graph)
+            tune_products(graph)
     fw_native, bw_native = [
         CALLED if native and graph is not None and is_native(graph) else None for graph in (graphs.fw, graphs.bw)
     ]

@@ -303,5 +303,5 @@ def _inputs(spec: Spec, one: list[torch.Tensor], tensors: Sequence[torch.Tensor]
     """Those of a graph of so many iterations, of which ``one`` has a single one's."""
     start = len(one) - spec.x.tensors
     if steps > 1 and spec.stacked:
-        return [*one[:start], *(rows_of(t.detach(), 0, steps) for t in tensors[start:])]
+        return [*one[:start], *(rows_of(t.detach())(0, steps) for t in tensors[start:])]
     return [*one[:start], *one[start:] * steps]

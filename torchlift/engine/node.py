@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,11 @@ class _Execution:
             return [leaf.unbind(0) for leaf in self.xs]
         return [self.xs[i :: self.plan.x_tensors] for i in range(self.plan.x_tensors)]
 
+    @functools.cached_property
+    def takers(self) -> list[Callable[[int, int], torch.Tensor]]:
+        """Of each tensor of xs, what takes rows of it."""
+        return [rows_of(leaf) for leaf in self.xs]
+
     def states(self) -> States | None:
         return read_states(self.plan.devices) if self.plan.random else None
 
@@ -55,7 +60,8 @@ class _Execution:
         plan = self.plan
         program, positions = plan.chunks[chunk]
         if program.packed:
-            xs = [rows_of(leaf, *plan.rows(positions)) for leaf in self.xs]
+            first, count = plan.rows(positions)
+            xs = [take(first, count) for take in self.takers]
         else:
             xs = [column[plan.order[p]] for p in positions for column in self.columns]
         return [*self.consts, *carry, *xs, *self.closures]

@@ -327,7 +327,7 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
     chunks: list[tuple[Program, range]] = []
     at = 0
     if unroll > 1:
-        pack = [rows_of(leaf.detach(), 0, unroll).requires_grad_(leaf.requires_grad) for leaf in leaves]
+        pack = [rows_of(leaf.detach())(0, unroll).requires_grad_(leaf.requires_grad) for leaf in leaves]
         several, _ = job.program([pack], [template], job.carry_flags, packed=unroll)
         while at + unroll <= length:
             chunks.append((several, range(at, at + unroll)))
