@@ -78,6 +78,26 @@ def test_what_stays_as_it_is(off, monkeypatch):
     assert str(graph.graph) == before
 
 
+def few_rows(x, w, row, weights):
+    return [
+        aten.mm(x, w.t()), aten.mm(x, weights[:, 8:]), aten.addmm(row, x, w.t()), aten.addmm(row[:1], x, w.t()),
+        aten.mm(x.t(), x), aten.mm(x[:1], w.t()), aten.mm(x, w[:-1].t()), aten.mm(x[:, :8], w[:, :8].t()),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("threads", "parts"), [(1, 0), (2, 4), (8, 0)])
+def test_products_of_few_rows_are_computed_in_parts(threads, parts, monkeypatch):
+    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**24, transposed=False, few_rows=True))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs = [torch.randn(*size) for size in ((8, 256), (256, 256), (256,), (256, 264))]
+    graph = torch.fx.experimental.proxy_tensor.make_fx(few_rows, tracing_mode="fake")(*inputs)
+    expected = graph(*inputs)
+    gemm.tune_products(graph)
+    assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == parts
+    for got, wanted in zip(graph(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_compiled_loop_equals_the_plain_one():
     def results(compile):
