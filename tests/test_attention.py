@@ -1,5 +1,7 @@
 """Attention over short sequences as products: the same to rounding, in the graphs of a compiled loop and nowhere else."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ def test_products_compute_what_attention_does(options):
     tangent = torch.randn(2, 3, options.get("rows", 7), 8)
     expected = graph(inputs, [tangent])
     assert len(calls(graph)) == 2
-    attention.use_products(graph)
+    attention.attend_by_products(graph)
     assert not calls(graph)
     graph.graph.lint()
     found = graph(inputs, [tangent])
@@ -56,37 +58,72 @@ def test_products_compute_what_attention_does(options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rows": 97, "columns": 96}, {"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"key_heads": 1},
+        {"rows": 97, "columns": 96}, {"batch": 2**14}, {"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"key_heads": 1},
         {"attn_mask": torch.ones(7, 5, dtype=torch.bool).tril()},
     ],
-    ids=["long", "float64", "bfloat16", "fewer keys", "mask"],
+    ids=["long", "many", "float64", "bfloat16", "fewer keys", "mask"],
 )  # fmt: skip
 def test_what_stays_as_it_is(options):
     graph, _ = traced(**options)
     before = str(graph.graph)
-    attention.use_products(graph)
+    attention.attend_by_products(graph)
     assert str(graph.graph) == before
 
 
+def test_rows_whose_scores_are_all_minus_infinity_give_zeros():
+    graph, inputs = traced(is_causal=True)
+    with torch.no_grad():
+        inputs[1][:, :3] = -torch.inf
+        inputs[0].abs_()
+    tangent = [torch.randn(2, 3, 7, 8)]
+    expected = _compat.pytree.tree_leaves(graph(inputs, tangent))
+    attention.attend_by_products(graph)
+    out, *grads = _compat.pytree.tree_leaves(graph(inputs, tangent))
+    assert not out[:, :, :3].any() and torch.isfinite(out).all()
+    for got, wanted in zip([out, *grads], expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_equal_calls_are_traced_once_and_stay_in_their_spans(monkeypatch):
+    graph, _ = traced()
+    node = next(node for node in graph.graph.nodes if node.target is FLASH[0])
+    with graph.graph.inserting_after(node):
+        again = graph.graph.node_copy(node)
+    with graph.graph.inserting_after(again):
+        graph.graph.call_function(operator.getitem, (again, 0)).meta = {"val": node.meta["val"][0]}
+    node.meta["custom"] = {"span": "attend"}
+    before, traces = set(graph.graph.nodes), []
+    joint_graph = _compat.joint_graph
+    monkeypatch.setattr(_compat, "joint_graph", lambda *args, **kw: traces.append(1) or joint_graph(*args, **kw))
+    attention.attend_by_products(graph)
+    assert len(traces) == 2  # of a forward and a backward
+    new = [node for node in graph.graph.nodes if node not in before and node.target is aten.bmm.default]
+    assert [node.meta.get("custom") for node in new][:2] == [{"span": "attend"}] * 2
+
+
 class Attention(nn.Module):
-    def __init__(self, causal):
+    def __init__(self):
         super().__init__()
-        self.qkv, self.causal = nn.Linear(16, 48), causal
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        return x + F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(-2)
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+            return x + self.out(out.transpose(1, 2).flatten(-2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"remat": True}], ids=str)
-def test_compiled_layers_equal_the_plain_ones(options):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_layers_equal_the_plain_ones(autocast):
     def results(compile):
         torch.manual_seed(1)
-        module = scan_layers([Attention(causal=True) for _ in range(3)], compile=compile, **options)
+        module = scan_layers([Attention() for _ in range(3)], compile=compile, remat=autocast)
         x = torch.randn(2, 6, 16, requires_grad=True)
-        out = module(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = module(x)
         return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
 
+    tolerance = 2e-2 if autocast else 1e-5
     for got, wanted in zip(results(True), results(False), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def slow_mkl(monkeypatch):
-    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=True, few_rows=False))
+    monkeypatch.setattr(gemm, "_ways", lambda: gemm.Ways(2**20, transposed=True, parts=False))
 
 
 def products(x, w, row, full, small):
@@ -41,7 +41,7 @@ def test_large_float32_products_are_replaced():
 
 
 def test_where_a_transposed_first_factor_is_slow_it_stays(monkeypatch):
-    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**20, transposed=False, few_rows=False))
+    monkeypatch.setattr(gemm, "_ways", lambda: gemm.Ways(2**20, transposed=False, parts=False))
     graph, _ = traced()
     gemm.tune_products(graph)
     assert [node.target for node in graph.graph.nodes].count(torch.ops.torchlift.product.default) == 4
@@ -62,7 +62,7 @@ def test_the_processor_decides(text, least, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(gemm.Path, "read_text", lambda path: text)
     monkeypatch.setattr(gemm.Path, "exists", lambda path: True)
-    found = gemm._faster.__wrapped__()
+    found = gemm._ways.__wrapped__()
     assert (found and found.least) == least
 
 
@@ -71,7 +71,7 @@ def test_what_stays_as_it_is(off, monkeypatch):
     graph, _ = traced(torch.float64 if off == "float64" else torch.float32)
     before = str(graph.graph)
     if off == "other processors":
-        monkeypatch.setattr(gemm, "_faster", lambda: None)
+        monkeypatch.setattr(gemm, "_ways", lambda: None)
     if off == "switched off":
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     gemm.tune_products(graph)
@@ -85,15 +85,13 @@ def few_rows(x, w, row, weights):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("threads", "parts"), [(1, 0), (2, 4), (8, 0)])
-def test_products_of_few_rows_are_computed_in_parts(threads, parts, monkeypatch):
-    monkeypatch.setattr(gemm, "_faster", lambda: gemm.Faster(2**24, transposed=False, few_rows=True))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_products_of_few_rows_are_computed_in_parts(monkeypatch):
+    monkeypatch.setattr(gemm, "_ways", lambda: gemm.Ways(2**24, transposed=False, parts=True))
     inputs = [torch.randn(*size) for size in ((8, 256), (256, 256), (256,), (256, 264))]
     graph = torch.fx.experimental.proxy_tensor.make_fx(few_rows, tracing_mode="fake")(*inputs)
     expected = graph(*inputs)
     gemm.tune_products(graph)
-    assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == parts
+    assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == 4
     for got, wanted in zip(graph(*inputs), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 

@@ -276,6 +276,11 @@ def dynamo_off() -> Iterator[None]:
         _stance_outside.pop()
 
 
+def autocast_off() -> Any:
+    """A block without autocast, of any device."""
+    return torch._C._DisableAutocast()
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """The size as it was when captured; to ask a symbolic size itself would fix it."""
     return size if isinstance(size, int) else size.node.hint

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchlift import _compat
-from torchlift.engine.attention import use_products
+from torchlift.engine.attention import attend_by_products
 from torchlift.engine.capture import inverse, stride_order
 from torchlift.engine.gemm import tune_products
 from torchlift.engine.native import CALLED, is_native
@@ -93,10 +93,11 @@ def compile_graphs(
             if dense:
                 _make_dense(graphs, mode)
             return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
-    for graph in (graphs.fw, graphs.bw):
-        if graph is not None:
-            use_products(graph)
-            tune_products(graph)
+    with _compat.autocast_off():  # the graphs have its casts in them already
+        for graph in (graphs.fw, graphs.bw):
+            if graph is not None:
+                attend_by_products(graph)
+                tune_products(graph)
     fw_native, bw_native = [
         CALLED if native and graph is not None and is_native(graph) else None for graph in (graphs.fw, graphs.bw)
     ]

@@ -23,12 +23,16 @@ aten = torch.ops.aten
 PACK = 2**17 - 2**12  # bytes, and no value of more than half of it: those take longer to compute than to hand around
 
 
-def call(graph: Graph, like: Node, target: Any, *args: Any) -> Node:
+def call(graph: Graph, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A new node for the pass that ``like`` belongs to, with its value on fakes."""
-    node = graph.call_function(target, args)
-    node.meta = {key: value for key, value in like.meta.items() if key in ("partitioner_tag", "custom", "seq_nr")}
-    node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda a: a.meta["val"]))
+    node = graph.call_function(target, args, kwargs)
+    node.meta = belonging_to(like) | {"val": target(*torch.fx.node.map_arg(args, lambda a: a.meta["val"]), **kwargs)}
     return node
+
+
+def belonging_to(like: Node) -> dict[str, Any]:
+    """What the nodes put in the place of ``like`` have in common with it: its pass, its span, its number."""
+    return {key: value for key, value in like.meta.items() if key in ("partitioner_tag", "custom", "seq_nr")}
 
 
 def select_rows(joint: GraphModule) -> None:
