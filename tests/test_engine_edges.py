@@ -324,3 +324,23 @@ def test_options_of_inductor_reach_it(monkeypatch):
         with pytest.warns(torchlift.TorchliftCompileWarning, match="seen"):
             run(body, (), torch.zeros(3), [torch.ones(3)] * 2, 2, compile={"options": {"cpp_wrapper": wrapped}})
     assert given == [False, True]
+
+
+class ScaledBySize(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, e):
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return self.weight * attend(q, q.sin(), q.cos(), scale=1 / e.shape[0]).transpose(1, 2).flatten(2)
+
+
+def test_a_size_that_became_a_number_is_checked_beside_conditions_that_are_alternatives():
+    """Torch joins conditions by a bare "and", so that ``size == 3 and a or b`` held for any size where ``b`` did."""
+    x, layer, symbolic = torch.randn(2, 8, 32), ScaledBySize(), EAGER_GRAPHS | {"dynamic": True}
+    for size in (3, 4, 7):
+        e = torch.zeros(size)
+        got, wanted = (torchlift.scan_layers([layer], compile=way)(x, e) for way in (symbolic, False))
+        assert torch.equal(got, wanted)

@@ -240,9 +240,15 @@ def to_fake(mode: FakeTensorMode, like: torch.Tensor, dynamic_dims: frozenset[in
 
 def guards_of(mode: FakeTensorMode, fakes: list[torch.Tensor]) -> str | None:
     """The conditions on sizes under which a capture with ``fakes`` holds, for :func:`guards_hold`."""
+    from torch._dynamo.source import LocalSource
+
     # Static sizes too: a symbolic size that tracing fixed after all counts as static.
     env: Any = mode.shape_env
-    return env and env.produce_guards_expression(fakes, ignore_static=False)
+    if not env:
+        return None
+    # Each in brackets, for some are ``a or b``: env.produce_guards_expression would join them with a bare "and".
+    sources = [LocalSource(f"t{i}") for i in range(len(fakes))]
+    return " and ".join(f"({guard})" for guard in env.produce_guards(fakes, sources, ignore_static=False)) or None
 
 
 def guards_hold(mode: FakeTensorMode, guards: str | None, tensors: list[torch.Tensor]) -> bool:
