@@ -44,10 +44,10 @@ def attend_by_products(graph: GraphModule) -> None:
         graph.recompile()
 
 
-def _fits(q: Node, k: Node, v: Node, dropout: float = 0.0, attn_mask: Node | None = None, **_: Any) -> bool:
+def _fits(q: Node, k: Node, v: Node, dropout: float = 0.0, *, scale: float | None = None, **others: Any) -> bool:
     """Whether this attention is computed here: nothing but softmax, in float32, of short sequences of known length."""
     a, b, c = (node.meta["val"] for node in (q, k, v))
-    if a.dtype is not torch.float32 or attn_mask is not None or dropout:
+    if a.dtype is not torch.float32 or dropout or any(other is not None for other in others.values()):
         return False
     known = all(isinstance(size, int) and size > 0 for size in (*a.shape, *b.shape))
     if not known or a.shape[:2] != b.shape[:2] or b.shape != c.shape:
