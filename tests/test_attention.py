@@ -15,9 +15,7 @@ aten = torch.ops.aten
 FLASH = (attention._FORWARD, attention._BACKWARD)
 
 
-def traced(
-    batch=2, rows=7, columns=5, width=8, dtype=torch.float32, key_heads=3, requires=(True, True, True), **options
-):
+def traced(batch=2, rows=7, columns=5, width=8, dtype=torch.float32, key_heads=3, **options):
     """The joint graph of attention on heads that lie as a projection leaves them, and inputs for it."""
 
     def attend(*tensors):
@@ -25,7 +23,7 @@ def traced(
         return [F.scaled_dot_product_attention(q, k, v, enable_gqa=key_heads != 3, **options)]
 
     sizes = ((batch, rows, 3), (batch, columns, key_heads), (batch, columns, key_heads))
-    inputs = [torch.randn(*size, width, dtype=dtype, requires_grad=grad) for size, grad in zip(sizes, requires)]
+    inputs = [torch.randn(*size, width, dtype=dtype, requires_grad=True) for size in sizes]
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(t) for t in inputs]
         graph = _compat.joint_graph(attend, fakes, train=True, inductor=True)

@@ -66,6 +66,17 @@ def test_the_processor_decides(text, least, monkeypatch):
     assert (found and found.least) == least
 
 
+@pytest.mark.parametrize(("processors", "parts"), [(1, False), (2, True), (4, True), (5, False), (None, False)])
+def test_the_number_of_processors_decides_about_parts(processors, parts, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(gemm.Path, "exists", lambda path: True)
+    zen4 = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: avx512f\n"
+    monkeypatch.setattr(gemm.Path, "read_text", lambda path: zen4)
+    monkeypatch.setattr(gemm.os, "cpu_count", lambda: processors)
+    assert gemm._ways.__wrapped__().parts is parts
+
+
 @pytest.mark.parametrize("off", ["other processors", "switched off", "float64"])
 def test_what_stays_as_it_is(off, monkeypatch):
     graph, _ = traced(torch.float64 if off == "float64" else torch.float32)

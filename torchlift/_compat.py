@@ -398,7 +398,7 @@ class Inductor:
         output.meta["user_visible_output_idxs"] = list(range(visible))
         # To save memory Inductor would order them once more.
         order = {} if last is None else {**_passes(last), "reorder_for_peak_memory": False}
-        with TracingContext.report_output_strides() as strides, torch.no_grad(), torch._C._DisableAutocast():
+        with TracingContext.report_output_strides() as strides, torch.no_grad(), autocast_off():
             with config.patch(order):
                 compiled = _inductor_compile(graph, inputs, native, is_inference=not train)
         return compiled, strides
@@ -409,7 +409,7 @@ class Inductor:
         output = next(iter(reversed(graph.graph.nodes)))
         nodes = output.args[0]
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
-        with torch.no_grad(), torch._C._DisableAutocast():
+        with torch.no_grad(), autocast_off():
             return _inductor_compile(graph, inputs, native, is_backward=True)
 
 
