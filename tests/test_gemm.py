@@ -1,4 +1,6 @@
-"""Products by oneDNN: the same to rounding, in the graphs of a compiled loop and nowhere else."""
+"""Products in the fastest way: the same to rounding, in the graphs of a compiled loop and nowhere else."""
+
+import math
 
 import pytest
 import torch
@@ -53,7 +55,9 @@ def test_where_a_transposed_first_factor_is_slow_it_stays(monkeypatch):
         ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t\t: fpu avx512f\n", 2**20),
         ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: fpu avx512f\n", 2**24),
         ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: fpu avx2\n", None),
-        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nflags\t\t: fpu avx512f\n", None),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nflags\t\t: fpu avx512f\n", math.inf),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nflags\t\t: fpu avx2\n", None),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 6\nflags\t\t: fpu avx512f\n", None),
         ("", None),
     ],
 )
@@ -66,15 +70,19 @@ def test_the_processor_decides(text, least, monkeypatch):
     assert (found and found.least) == least
 
 
-@pytest.mark.parametrize(("processors", "parts"), [(1, False), (2, True), (4, True), (5, False), (None, False)])
-def test_the_number_of_processors_decides_about_parts(processors, parts, monkeypatch):
+@pytest.mark.parametrize(
+    ("processors", "parts", "halves"),
+    [(1, False, False), (2, True, True), (3, True, False), (4, True, False), (5, False, False), (None, False, False)],
+)
+@pytest.mark.parametrize("kind", ["AuthenticAMD\ncpu family\t: 25", "GenuineIntel\ncpu family\t: 6"])
+def test_the_number_of_processors_decides_about_parts(kind, processors, parts, halves, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(gemm.Path, "exists", lambda path: True)
-    zen4 = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: avx512f\n"
-    monkeypatch.setattr(gemm.Path, "read_text", lambda path: zen4)
+    monkeypatch.setattr(gemm.Path, "read_text", lambda path: f"vendor_id\t: {kind}\nflags\t\t: avx512f\n")
     monkeypatch.setattr(gemm.os, "cpu_count", lambda: processors)
-    assert gemm._ways.__wrapped__().parts is parts
+    ways = gemm._ways.__wrapped__()
+    assert (ways.parts, ways.halves) == (parts, halves and "Intel" in kind)
 
 
 @pytest.mark.parametrize("off", ["other processors", "switched off", "float64"])
@@ -103,6 +111,25 @@ def test_products_of_few_rows_are_computed_in_parts(monkeypatch):
     expected = graph(*inputs)
     gemm.tune_products(graph)
     assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == 4
+    for got, wanted in zip(graph(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def gradients(x, w, square, flat, bias):
+    return [
+        aten.mm(x, w), aten.mm(x.t(), x), aten.mm(flat, flat.t()), aten.mm(x, w.t().contiguous().t()),
+        aten.addmm(bias, x, w), aten.mm(x[:-1], w), aten.mm(square, square), aten.mm(x[:, :64], w[:64, :64]),
+        aten.mm(x[:8], w),
+    ]  # fmt: skip
+
+
+def test_products_by_a_factor_that_lies_row_by_row_are_computed_in_halves(monkeypatch):
+    monkeypatch.setattr(gemm, "_ways", lambda: gemm.Ways(math.inf, transposed=False, parts=False, halves=True))
+    inputs = [torch.randn(*size) for size in ((256, 128), (128, 128), (32, 32), (512, 64), (128,))]
+    graph = torch.fx.experimental.proxy_tensor.make_fx(gradients, tracing_mode="fake")(*inputs)
+    expected = graph(*inputs)
+    gemm.tune_products(graph)
+    assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == 2
     for got, wanted in zip(graph(*inputs), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
