@@ -35,7 +35,19 @@ _FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
 _TOLD = (*ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
 _DEPTH = 64  # values in one another
 _DEEP = 8  # of objects in one another that a name leads to
+_CONTENT = "content"
 _MOST = 10_000  # of one value: what is read at each call must be small
+
+
+class Key(tuple[Hashable, ...]):
+    """A large key, which is hashed once."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return tuple.__hash__(self)
 
 
 def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
@@ -50,7 +62,14 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     known = [cls.forward for cls in classes if is_library(cls.__module__)]
     contents += tuple([_outline(forward) for forward in known if not is_library(getattr(forward, "__module__", None))])
     axes = tuple((axis.name, axis.size, axis.group) for axis in packed.context["axes"])
-    return (of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures, axes)
+    key = Key((of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures, axes))
+    if packed.memory is None:
+        return key
+    last: Key | None = packed.memory.keys.get((_CONTENT, *skip))  # which has its hash
+    if last == key:
+        return last
+    packed.memory.keys[_CONTENT, *skip] = key
+    return key
 
 
 def of_modules(packed: Packed, skip: Sequence[str] = ()) -> tuple[Hashable, ...]:

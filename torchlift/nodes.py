@@ -124,6 +124,7 @@ class Memory:
         self._items = [*chain(*self._tables)]
         self._sized, self._named = [*self._stores, *self._tables], [*modules, *self._stores]
         self._layout, self._absent = self._look(), self._look_for_none()
+        self._some_absent = any(self._absent)
         self._first, self._others = (nodes[0].tensors, nodes[0].children), nodes[1:]
         self._classes = [type(node.module) for node in nodes]
         at = id(root)
@@ -168,9 +169,10 @@ class Memory:
         if root is None or any(self._hooks):
             return None
         modules = [root, *[node.module for node in self._others]]
-        for module, cls, fields in zip(modules, self._classes, self._fields):
-            if type(module) is not cls or module.__dict__ is not fields:
-                return None
+        if not all(map(operator.is_, map(type, modules), self._classes)):
+            return None
+        if not all(map(operator.is_, map(_fields_of, modules), self._fields)):
+            return None
         versions = _compat.dict_versions(self._counted)
         changed = versions is None or versions != self._versions
         if changed and not same(self._dicts, self._held):
@@ -180,7 +182,7 @@ class Memory:
         if not all(map(operator.is_, chain(*self._tables), self._items)):
             return None
         found = [*chain.from_iterable(map(dict.values, self._stores))]
-        tensors = [tensor for tensor in found if tensor is not None]
+        tensors = [tensor for tensor in found if tensor is not None] if changed or self._some_absent else found
         if changed:
             if [tensor is None for tensor in found] != self._absent or len(set(map(id, tensors))) != len(tensors):
                 return None
@@ -190,6 +192,7 @@ class Memory:
         return [first, *self._others], tensors
 
 
+_fields_of = operator.attrgetter("__dict__")
 _memories: dict[int, Memory] = {}
 
 

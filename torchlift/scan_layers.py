@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torchlift.engine.opaque import ON_CARRY, opaque_run
 from torchlift.engine.roster import Enrolled
 from torchlift.engine.run import Report, record, run
 from torchlift.engine.spans import iteration
-from torchlift.engine.trees import Parts, split
+from torchlift.engine.trees import Parts, Template, split
 from torchlift.enrolling import enrolment, sees, sees_attributes
 from torchlift.errors import (
     CarryError,
@@ -180,6 +181,12 @@ class ScanLayers(nn.ModuleList):
 _changing: weakref.WeakKeyDictionary[ScanLayers, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
+@functools.cache
+def _template(tensors: int) -> Template:
+    """That of what a layer without scanned attributes is given."""
+    return split(([torch.empty(0)] * tensors, []))[1]
+
+
 class _Call(LayersCall):
     """One call of the layers, through one compiled body where that serves."""
 
@@ -189,7 +196,8 @@ class _Call(LayersCall):
         ``carried`` says that the first layer has a layer before it, which is not among these.
         """
         layers, first = self.layers, self.packed[0]
-        if not carried and not _compat.is_compiling() and self.surroundings() in _changing.get(layers, ()):
+        changing = None if carried or _compat.is_compiling() else _changing.get(layers)
+        if changing and self.surroundings() in changing:
             return self.first_apart()
         if _compat.is_compiling():
             self.attributes = scanned_places(first, layers.scanned_attributes)
@@ -303,8 +311,10 @@ class _Call(LayersCall):
 
     def parts(self, xs: list[Any]) -> list[Parts]:
         """The layers' tensors as the engine takes them apart: layers of one key have one template."""
-        parts = [Parts(*split(x)) for x in (xs if self.attributes else xs[:1])]
-        return parts if self.attributes else [Parts(tensors, parts[0].template) for tensors, _ in xs]
+        if self.attributes:
+            return [Parts(*split(x)) for x in xs]
+        template = _template(len(xs[0][0]))
+        return [Parts(tensors, template) for tensors, _ in xs]
 
     def key(self) -> Any:
         """What the compiled body depends on; all layers agree in it, or are refused."""

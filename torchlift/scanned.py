@@ -45,6 +45,8 @@ def _could_go_unread(packed: Sequence[Packed], at: int, key: str) -> bool:
 
 def scanned_places(packed: Packed, names: Sequence[str]) -> list[tuple[int, str]]:
     """Where in a layer the scanned attributes lie: a bare name stands for that attribute of any submodule."""
+    if not names:
+        return []
     return [
         (at, key)
         for at, node in enumerate(packed.nodes)

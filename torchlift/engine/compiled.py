@@ -18,6 +18,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine import capture, spans
 from torchlift.engine.capture import CaptureError, stride_order
+from torchlift.engine.forms import Forms
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.inlining import inlining, noting_nested
 from torchlift.engine.loop import Body
@@ -90,6 +91,7 @@ class _Family:
 
 _lock = threading.RLock()
 _exact: OrderedDict[Hashable, Variant | str] = OrderedDict()  # a string: why it cannot be compiled
+_last = Forms()  # programs that need nothing else, per kind of request: as _exact, which would find them, too
 _families: OrderedDict[Hashable, _Family] = OrderedDict()
 compilations: Counter[Hashable] = Counter()  # captures per body key
 _constants: OrderedDict[Hashable, set[Hashable]] = OrderedDict()  # the plain values seen, per body key
@@ -99,6 +101,7 @@ def clear_cache() -> None:
     """Forgets all compiled programs."""
     with _lock:
         _exact.clear()
+        _last.clear()
         _families.clear()
         compilations.clear()
         _constants.clear()
@@ -135,9 +138,14 @@ def _family_key(t: torch.Tensor) -> tuple[Hashable, ...]:
 def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
     """The program for ``request`` and the closed-over tensors to call it with; :class:`CaptureError` says why not."""
     common = request.common()
+    kind = (common, request.flags)
+    last = _last.find(kind, request.tensors)
+    if last is not None:
+        return last[1], []
     exact = request.exact(common)
     found = _exact.get(exact)
     if isinstance(found, Variant) and not found.closure_likes:
+        _last.note(kind, request.tensors, found.program)
         return found.program, []
     # Fakes and graphs are made outside of the caller's inference mode: its tensors could not be traced.
     with _lock, torch.inference_mode(False), _compat.dynamo_off(), _compat.without_saved_tensor_hooks():

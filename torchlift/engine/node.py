@@ -265,15 +265,13 @@ def single_backward(
     activations go while its backward runs, not after it.
     """
     program = plan.chunks[0][0]
-    feeds: list[Any] = []
-    for kind, i in program.feeds:
-        if kind == "saved":
-            feeds.append(saved[i])
-        elif kind == "input":
-            feeds.append(tensors[plan.places[i]])
-        else:
-            given = grads[i]
-            feeds.append(_laid(_zeros(models[i]) if given is None else given, program.tangent_orders[i]))
+    values: list[Any] = [*tensors]
+    for i, order in program.tangent_orders.items():
+        given = grads[i]
+        values.append(_laid(_zeros(models[i]) if given is None else given, order))
+    values += saved
+    feeds = [values[i] for i in plan.feeds]
+    values.clear()
     tensors.clear()
     saved.clear()
     assert program.bw is not None
@@ -393,7 +391,7 @@ class Loop(torch.autograd.Function):
         if plan.single:
             # Torch keeps it, and checks that nobody writes into it.
             outs, saved = run_single(plan, tensors, names)
-            ctx.ints = [(i, v) for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)]
+            ctx.ints = [(i, saved[i]) for i in plan.chunks[0][0].saved_numbers]
             kept = [v for v in saved if isinstance(v, torch.Tensor)] if ctx.ints else saved
             ctx.save_for_backward(*tensors, *kept)
             ctx.models = _models(outs)

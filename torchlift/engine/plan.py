@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Program:
         inside = range(self.consts, self.consts + self.carries)
         # Carries are the inputs that differ from call to call and that nobody else holds.
         self.kept_carries = [i - self.consts for kind, i in self.feeds if kind == "input" and i in inside]
+        self.saved_numbers = sorted({i for kind, i in self.feeds if kind == "saved"} - self.saved_orders.keys())
 
 
 @dataclass
@@ -86,6 +88,16 @@ class Plan:
         each = first.requires_grad[self.carries : self.carries + first.ys[0].tensors]
         flags = flags + each * (1 if self.joined else self.length)
         self.not_differentiable = [i for i, flag in enumerate(flags) if not flag]
+
+    @functools.cached_property
+    def feeds(self) -> list[int]:
+        """If it is ``single``: where backward's inputs stand among the node's tensors, tangents and saved values."""
+        program = self.chunks[0][0]
+        first = self.consts + self.closures + self.carries + self.x_tensors * self.length
+        tangents = {i: first + at for at, i in enumerate(program.tangent_orders)}
+        start = first + len(tangents)
+        at = {"saved": lambda i: start + i, "input": self.places.__getitem__, "tangent": tangents.__getitem__}
+        return [at[kind](i) for kind, i in program.feeds]
 
     @property
     def length(self) -> int:

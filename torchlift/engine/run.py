@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torchlift.engine.capture import CaptureError, like_strided, rows_of
 from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
+from torchlift.engine.forms import Forms, Likeness
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
 from torchlift.engine.nested import nested_run
@@ -141,7 +142,7 @@ def _run(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _O
     reason, unexpected = _why_plain(length, compile)
     if reason is None:
         given = _Given.of(consts, carry, xs)
-        reason, unexpected = given.why_plain()
+        reason, unexpected = given.why_plain(body.key)
         if reason is None:
             try:
                 return _compiled_run(body, given, length, options, Backend.of(compile))
@@ -188,6 +189,7 @@ def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
 
 
 _Split = tuple[list[torch.Tensor], Template]
+_plain_ones = Forms()  # what the x of the first iteration was like, by the key of the body
 
 
 @dataclass
@@ -198,23 +200,27 @@ class _Given:
     carry: _Split
     xs: list[_Split]
     stacked: bool
+    alike: list[bool] = field(init=False)  # whether the tensors of each part of xs are like those of the first
 
     @staticmethod
     def of(consts: Tree, carry: Tree, xs: Xs) -> _Given:
         trees = [xs.tree] if isinstance(xs, Stacked) else xs
         return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
 
-    @functools.cached_property
-    def alike(self) -> list[bool]:
-        """Whether the tensors of each part of ``xs`` are like those of the first, which must be plain."""
-        first = _compat.Likeness(self.xs[0][0])
-        return [True, *(first.fits(tensors) for tensors, _ in self.xs[1:])]
+    def why_plain(self, key: Hashable) -> tuple[str | None, bool]:
+        """As :func:`_why_plain`, for the tensors. What is like the first iteration is not looked at again.
 
-    def why_plain(self) -> tuple[str | None, bool]:
-        """As :func:`_why_plain`, for the tensors. What is like the first iteration is not looked at again."""
-        reason = why_not(t for tensors, _ in (self.consts, self.carry, self.xs[0]) for t in tensors)
+        Nor is that, if it is like the one at the last call of the body with this ``key``.
+        """
+        first = self.xs[0][0]
+        known = _plain_ones.find(key, first)
+        reason = why_not(t for tensors, _ in (self.consts, self.carry) for t in tensors)
+        if reason[0] is None and known is None:
+            reason = why_not(first)
         if reason[0] is not None:
             return reason
+        form = _plain_ones.note(key, first) if known is None else known[0]
+        self.alike = [True, *[form.fits(tensors) for tensors, _ in self.xs[1:]]]
         return why_not(t for (tensors, _), like in zip(self.xs, self.alike) if not like for t in tensors)
 
 
@@ -406,15 +412,15 @@ def _list_plans(job: _Job, flat: list[_Split], alike: list[bool]) -> list[_Node]
     size = max(pieces[0] if pieces else 1, 1)
     if size == 1 and o.unroll not in (1, "auto"):  # layers, with weights of their own
         size = _unroll(job, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
-    memo: list[tuple[Any, _compat.Likeness, tuple[_Node, list[bool]]]] = []  # few: most iterations are alike
+    memo: list[tuple[Any, Callable[[], Likeness], tuple[_Node, list[bool]]]] = []  # few: most iterations are alike
     nodes = []
     for at in range(0, length, size):
         part, like = flat[at : at + size], all(alike[at : at + size])
         key, tensors = (flags, [template for _, template in part], like), [t for x, _ in part for t in x]
-        found = next((node for known, form, node in memo if known == key and (like or form.fits(tensors))), None)
+        found = next((node for known, form, node in memo if known == key and (like or form().fits(tensors))), None)
         if found is None:
             found = _list_node(job, part, flags, pieces)
-            memo.append((key, _compat.Likeness(tensors), found))
+            memo.append((key, functools.cache(functools.partial(Likeness, tensors)), found))
         node, flags = found
         nodes.append(node)
     return nodes

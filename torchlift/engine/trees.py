@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,13 @@ class Template:
     spec: pytree.TreeSpec
     others: tuple[tuple[int, type, Any], ...]  # (position, type, value) of every leaf that is no tensor
     tensors: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.others))  # that of a spec takes longer than all else in a search for a program
 
     def fill(self, tensors: Iterable[Any]) -> Tree:
         """The pytree with ``tensors``, or what stands for them, in its slots."""
@@ -49,9 +57,18 @@ def split(tree: Tree) -> tuple[list[torch.Tensor], Template]:
     """``tree`` as its tensors and its template; the template hashes only if its other leaves do."""
     if type(tree) is Parts:
         return tree.tensors, tree.template
+    if type(tree) in (list, tuple) and all(isinstance(item, torch.Tensor) for item in tree):
+        return list(tree), _row(isinstance(tree, list), len(tree))
     leaves, spec = pytree.tree_flatten(tree)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if len(tensors) == len(leaves):
         return tensors, Template(spec, (), len(tensors))
     others = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
     return tensors, Template(spec, others, len(tensors))
+
+
+@functools.cache
+def _row(as_list: bool, count: int) -> Template:
+    """The template of a list or tuple of so many tensors, as most trees are."""
+    row = [0] * count
+    return Template(pytree.tree_structure(row if as_list else tuple(row)), (), count)
