@@ -1,5 +1,7 @@
 """Randomness: one law for loops, split or shared draws, streams by name, and who may draw."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -342,3 +344,52 @@ def test_no_iteration_draws_nothing_from_a_stream(compile):
         first = torch.rand(3, generator=make_rng("noise"))
     with seed_rngs(noise=0):
         assert torch.equal(first, torch.rand(3, generator=make_rng("noise")))
+
+
+_TWO_THREADS = """
+import threading, torch
+from torchlift.engine.draws import read_states, write_states
+
+class Cycle:
+    pass
+
+def work(call):
+    for _ in range(60_000):
+        cycle = Cycle()
+        cycle.me, cycle.tensor = cycle, torch.empty(1)  # what the collector frees while a state is read
+        call()
+
+cpu = (torch.device("cpu"),)
+states = read_states(cpu)
+threads = [threading.Thread(target=work, args=(call,)) for call in (lambda: read_states(cpu), lambda: write_states(states))]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+"""
+
+
+def test_threads_that_read_and_write_the_generator_do_not_wait_for_each_other_for_good():
+    """NOTE [Mutex]; in a process of its own, since such a wait cannot be ended from within."""
+    subprocess.run([sys.executable, "-c", _TWO_THREADS], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["plain", "compiled"])
+def test_no_state_is_read_under_the_mutex(compile, monkeypatch):
+    class Layer(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(SIZE, SIZE), nn.Dropout(0.5))
+
+    layers = torchlift.scan_layers([Layer() for _ in range(2)], compile=compile, remat=True)
+    block, x = torchlift.remat(Layer)(), torch.ones(2, SIZE)
+
+    def gradients():
+        torch.manual_seed(0)
+        found = torch.autograd.grad(block(layers(x)).sum(), [*layers.parameters(), *block.parameters()])
+        return [*found, torch.rand(1)]
+
+    expected = gradients()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the state of the generator was read under its mutex")
+
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    for got, wanted in zip(gradients(), expected, strict=True):
+        assert torch.equal(got, wanted)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
-from torchlift.engine.draws import draws, hide_undrawn, node_draws, show_undrawn
+from torchlift.engine.draws import draws, hide_undrawn, node_draws, show_undrawn, undone_draws
 from torchlift.engine.packs import pack_saved, select_rows
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
@@ -128,7 +128,7 @@ def _quiet() -> Any:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with undone_draws():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,18 +24,24 @@ def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
     return tuple(sorted(found, key=str))
 
 
-# torch wraps the state while it holds the generator's mutex. If that runs the garbage collector, and so Python, another
-# thread may get the interpreter and wait for the mutex with it, for good; here it waits outside of the interpreter.
-_reading = threading.RLock()
+# NOTE [Mutex]. ``get_state`` makes the tensor that it returns while it holds the generator's mutex. Up to Python 3.11
+# that may run the garbage collector, which lets go of the interpreter where it frees a tensor or calls Python. Another
+# thread that then reads, writes or seeds the generator waits for the mutex and keeps the interpreter: both wait for
+# good. To make a clone runs no garbage collector, and no other thread knows the clone's mutex. A lock here would not be
+# around what torch reads for itself, so nothing here leaves the states to ``fork_rng`` or to torch's checkpoint.
+_reading = threading.RLock()  # accelerators: at least not among readers
+
+
+def _read(device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.default_generator.clone_state().get_state()
+    with _reading:
+        return torch.get_device_module(device).get_rng_state(device)
 
 
 def read_states(devices: tuple[torch.device, ...]) -> States:
     """The states of the default generators of ``devices``."""
-    with _reading:
-        return tuple(
-            (d, torch.get_rng_state() if d.type == "cpu" else torch.get_device_module(d).get_rng_state(d))
-            for d in devices
-        )
+    return tuple((device, _read(device)) for device in devices)
 
 
 def write_states(states: States) -> None:
@@ -44,6 +51,16 @@ def write_states(states: States) -> None:
             torch.set_rng_state(state)
         else:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def undone_draws(devices: tuple[torch.device, ...] = (torch.device("cpu"),)) -> Iterator[None]:
+    """Puts the default generators back where they stood: as ``torch.random.fork_rng``, but see NOTE [Mutex]."""
+    before = read_states(devices)
+    try:
+        yield
+    finally:
+        write_states(before)
 
 
 def node_draws(node: torch.fx.Node) -> bool:

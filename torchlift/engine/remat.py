@@ -262,12 +262,17 @@ def _draws(devices: tuple[torch.device, ...]) -> States:
 
 
 class Recomputing:
-    """Marks a recomputation; with a replayer, hands back what the policy kept. Entered anew by each backward."""
+    """Marks a recomputation; with a replayer, hands back what the policy kept. Entered anew by each backward.
 
-    def __init__(self, replayer: Replayer | None = None) -> None:
-        self.replayer = replayer
+    With ``draws`` it starts from those states, and puts the generators back where they stood (NOTE [Mutex]).
+    """
+
+    def __init__(self, replayer: Replayer | None = None, draws: States = ()) -> None:
+        self.replayer, self.draws = replayer, draws
 
     def __enter__(self) -> None:
+        self.stood = _draws(tuple(device for device, _ in self.draws))
+        write_states(self.draws)
         self.before = _state.recomputing
         _state.recomputing = True
         if self.replayer is not None:
@@ -275,8 +280,11 @@ class Recomputing:
 
     def __exit__(self, *error: Any) -> None:
         _state.recomputing = self.before
-        if self.replayer is not None:
-            self.replayer.__exit__(*error)
+        try:
+            if self.replayer is not None:
+                self.replayer.__exit__(*error)
+        finally:
+            write_states(self.stood)
 
 
 # --- ordinary autograd --------------------------------------------------------------------------------------------
@@ -287,6 +295,7 @@ def _with_hooks(call: _Call, operands: Tensors) -> Tensors:
     failure: BaseException | None = None
     ran = False
     run = call.hooked or call.first
+    draws = _draws(devices_of(operands))  # closures may lie elsewhere than arguments
 
     def body(*operands: torch.Tensor) -> Any:
         nonlocal failure, ran
@@ -302,12 +311,12 @@ def _with_hooks(call: _Call, operands: Tensors) -> Tensors:
 
     def contexts() -> tuple[Any, Any]:
         if call.region.policy is None:
-            return nullcontext(), Recomputing()
+            return nullcontext(), Recomputing(draws=draws)
         tape = Tape()
-        return Recorder(tape, call.region.policy), Recomputing(Replayer(tape))
+        return Recorder(tape, call.region.policy), Recomputing(Replayer(tape), draws)
 
     try:
-        out = checkpoint(body, *operands, use_reentrant=False, context_fn=contexts)
+        out = checkpoint(body, *operands, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
         if failure is not None:
             raise failure
         return out
