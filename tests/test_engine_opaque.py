@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import torchlift
 from torchlift.engine import compiled, handles
 from torchlift.engine.loop import Body, Stacked, plain_run
 from torchlift.engine.opaque import opaque_run, register_body
@@ -166,6 +167,42 @@ def test_frozen_parameters():
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
         assert model.layers[1].linear.weight.grad is None
     assert_same(*grads)
+
+
+class Decoder(nn.Module):
+    """Its tokens have no gradients, though its parameters want some."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 8), nn.Linear(8, 7)
+
+    def forward(self, token, _):
+        token = self.head(self.embed(token)).argmax(-1)
+        return token, token
+
+
+class Adapter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.adapter, self.on = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        return x + self.adapter(x) if self.on else x * 2
+
+
+@pytest.mark.filterwarnings("error:torchlift")
+def test_parameters_that_want_gradients_where_no_output_has_one():
+    torch.manual_seed(0)
+    decode = torchlift.scan(Decoder, variable_broadcast="params", length=5, compile=GRAPHS)()
+    token = torch.zeros(2, dtype=torch.long)
+    whole = torch.compile(lambda token: decode(token, None)[1], backend="aot_eager", fullgraph=True)
+    assert torch.equal(whole(token), decode(token, None)[1])
+    layers, x = torchlift.scan_layers([Adapter() for _ in range(3)], compile=GRAPHS), torch.ones(2, 4)
+    out = torch.compile(layers, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(out, x * 8) and not out.requires_grad
+    x.requires_grad_()
+    torch.compile(layers, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 8))
 
 
 def test_policy():

@@ -104,6 +104,11 @@ class Handle:
             self.kept_columns = {at: self.row[at] for at in written if at in read}
             self.live_columns = sorted(read - set(written))
 
+    @property
+    def train(self) -> bool:
+        """Whether there is a backward: a loop that is to get gradients may have no output that wants one."""
+        return self.program.bw is not None
+
 
 def handle_named(name: str) -> Handle:
     """The loop of that name."""

@@ -47,7 +47,7 @@ def nested_run(
     tensors = laid_out(handle, tensors)
     # One site, 0, for all: calls that are equal may be merged, since none of them draws.
     outs: Sequence[torch.Tensor]
-    outs = OpaqueLoop.apply(handle, 0, [], *tensors) if handle.spec.train else forward(handle, 0, [], tensors)
+    outs = OpaqueLoop.apply(handle, 0, [], *tensors) if handle.train else forward(handle, 0, [], tensors)
     at, y = handle.spec.carry.tensors, handle.program.ys[0]
     stacks = outs[at : at + y.tensors]
     out = handle.spec.carry.fill(list(outs[:at]))

@@ -181,7 +181,7 @@ def _in_graph(
         raise RandomnessError(refused)
     tensors = laid_out(handle, [*tensors, *xs] if enrolled else tensors)
     called = list(names) if handle.program.marks else []
-    if handle.spec.train:
+    if handle.train:
         outs = list(OpaqueLoop.apply(handle, site, called, *tensors))
     else:
         outs = list(forward(handle, site, called, tensors))

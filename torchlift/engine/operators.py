@@ -95,7 +95,7 @@ def _forward(
     handle = handle_named(name)
     # Hooks on saved tensors are given what this returns: the graph around saves it.
     outs, kept, _ = run_forward(handle.plan, _with_rows(handle, tensors), _names(names), honour_hooks=False)
-    if not handle.spec.train:
+    if not handle.train:
         return outs
     rows = roster_of(tensors[sum(handle.spec.counts[:2])]).rows if handle.kept_columns else []
     before = [torch.stack([row[column] for row in rows]) for column in handle.kept_columns]
@@ -208,7 +208,7 @@ def _fake_forward(
 
     found = [torch.empty_like(t) for t in carry]
     found += [many(spec.length, t[0] if program.packed else t) for t in y]
-    if not spec.train:
+    if not handle.train:
         return found
     size = plan.pieces[0] if plan.pieces else 1
     count = -(-len(plan.chunks) // size)
@@ -285,4 +285,5 @@ def forward(handle: Handle, site: int, names: list[str], tensors: list[torch.Ten
     on = next((t for t in tensors if t.device.type != "cpu"), tensors[0] if tensors else None)
     ops = torch.ops.torchlift
     call = ops.roster_forward if handle.row is not None else ops.nested_forward if handle.nested else ops.loop_forward
-    return call(on, tensors, handle.name, site, names)
+    with torch.no_grad():  # also where parameters want gradients and no output has one
+        return call(on, tensors, handle.name, site, names)
