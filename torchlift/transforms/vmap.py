@@ -113,8 +113,9 @@ class _Vmap(Transform):
             text = str(error)
             if "randomness error mode" in text:
                 raise RandomnessError(dict(run.packed.refused)[rng.DROPOUT]) from error
-            if run.packed.wrote_shared(error):
-                raise ModifyCollectionError(_shared_write(run.packed, groups)) from error
+            shared = _shared(run.packed, groups)
+            if shared and run.packed.wrote_shared(error):
+                raise ModifyCollectionError(_shared_write(run.packed, shared)) from error
             if not any(part in text for part in _NO_BATCHING_RULE):
                 raise
             why = text.splitlines()[0]
@@ -185,12 +186,16 @@ def _by_position(names: str) -> str:
     return "; keyword arguments are mapped on axis 0, pass by position what in_axes is to tell" if keyword else ""
 
 
-def _shared_write(packed: Packed, groups: Groups) -> str:
-    shared = [
+def _shared(packed: Packed, groups: Groups) -> list[str]:
+    """The buffers that all indices share."""
+    return [
         entry.name
         for entry in packed.entries
         if entry.store == "_buffers" and groups.role(entry.collection).axis is None
     ]
+
+
+def _shared_write(packed: Packed, shared: Sequence[str]) -> str:
     collections = sorted({entry.collection for entry in packed.entries if entry.name in shared})
     return (
         f"{packed.label}: a body wrote what differs from index to index into a variable that all indices share, one of "
@@ -208,6 +213,15 @@ _NO_BATCHING_RULE = (
     "must override the setup_context",  # an autograd.Function of the old style
     "attempting to call Tensor.requires_grad_()",
     "batching operators that can",  # give or take results whose shape depends on values: nonzero, a boolean mask
+    "vmap: Attempted to vmap over `mask`",
+    # What is mapped is written into what is not: a tensor that the body made.
+    "vmap: inplace arithmetic",
+    "is not possible because there exists a Tensor `other`",
+    "doesn't match the broadcast shape",
+    "which will be updated in place, were not batched",
+    "accessing `data` under vmap transform",
+    "Cannot access data pointer of Tensor",  # numpy(), tolist()
+    "does not require grad and does not have a grad_fn",  # autograd.grad, by an autograd that is above the map
 )
 _warned: set[Any] = set()
 
