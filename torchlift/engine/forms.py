@@ -58,8 +58,9 @@ class Forms:
 
     def note(self, kind: Hashable, tensors: list[torch.Tensor], found: Any = None) -> Likeness:
         """Notes what was ``found``, in the place of what was known of this kind. All of ``tensors`` must be plain."""
-        self._known[kind] = form, _ = Likeness(tensors), found
-        self._known.move_to_end(kind)
+        form = Likeness(tensors)
+        self._known.pop(kind, None)  # to the end, whatever other threads do
+        self._known[kind] = form, found
         while len(self._known) > KINDS:
             self._known.popitem(last=False)
         return form
