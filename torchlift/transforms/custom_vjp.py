@@ -267,7 +267,7 @@ class _Rule:
         if not isinstance(result, tuple) or len(result) != 1 + len(arguments) or not isinstance(result[0], dict):
             raise DifferentiationError(
                 f"{where} {describe(result)} with leaves {_tree.paths(result)}, expected a tuple (variable_cotangents, "
-                f"*input_cotangents) of {1 + len(arguments)}"
+                f"*input_cotangents) of {1 + len(arguments)}, of which the first is a dict, {{}} where all are zero"
             )
         found: list[Tensor | None] = [None] * len(self.call.operands)
         for collection, named in result[0].items():
