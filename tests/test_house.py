@@ -26,7 +26,7 @@ ROWS = [
     ["variables.py", "rng.py"],
     ["groups.py", "nodes.py", "misspelt.py"],
     ["references.py"],
-    ["code.py"],
+    ["code.py", "digests.py"],
     ["collecting.py", "unseen.py"],
     ["containers.py"],
     ["changes.py"],
