@@ -1,8 +1,12 @@
 """A compiled loop sees that a class of its modules was changed, or what the code of its body reads of globals."""
 
+import contextvars
+import enum
+import functools
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,3 +119,141 @@ def test_inner_functions_that_call_each_other_are_read_once():
 
     layers, x = [Layer() for _ in range(2)], torch.randn(3, 2)
     torch.testing.assert_close(torchlift.scan_layers(layers, compile=AOT)(x), layers[1](layers[0](x)))
+
+
+# What methods read of closures, defaults and registries --------------------------------------------------------------
+
+
+class Flag:
+    on = 1.0
+
+    @staticmethod
+    def scale(x):
+        return x * Flag.on
+
+
+class Mode(enum.Enum):
+    LOW, HIGH = 1.0, 3.0
+
+
+def layer_of(method):
+    return type("Layer", (nn.Module,), {"forward": method})
+
+
+def a_closure():
+    held, on = [1.0], 1.0
+    inner = lambda x: x * held[0]
+
+    def change():
+        nonlocal on
+        held[0], on = 2.0, 3.0
+
+    return layer_of(lambda self, x: inner(x) * on), change
+
+
+def the_same_code_again():
+    make = lambda number: lambda self, x: x * number
+    layer = layer_of(make(2.0))
+    return layer, lambda: setattr(layer, "forward", make(3.0))
+
+
+def defaults():
+    held = [1.0]
+
+    def forward(self, x, by=held, *, also=held):
+        return x * by[0] * also[0]
+
+    return layer_of(forward), lambda: held.append(held.pop() + 1)
+
+
+def a_decorator():
+    state = {"on": False}
+
+    def switched(fn):
+        @functools.wraps(fn)
+        def inner(self, x):
+            return fn(self, x) * (3.0 if state["on"] else 1.0)
+
+        return inner
+
+    return layer_of(switched(lambda self, x: x + 1)), lambda: state.update(on=True)
+
+
+REGISTRY, STEPS, BUILTINS = {"act": lambda x: 2 * x}, [lambda x: 2 * x], {"act": torch.sin}
+PARTIAL, MODE, ARRAY, CONTEXT, ACT = functools.partial(torch.mul, other=2.0), Mode.LOW, None, None, torch.sin
+
+
+def run_steps(self, x):
+    for step in STEPS:
+        x = step(x)
+    return x
+
+
+def a_global(method, change):
+    return lambda: (layer_of(method), change)
+
+
+def put(**values):
+    return lambda: globals().update(values)
+
+
+READ = {
+    "a closure": a_closure,
+    "the same code with another closure": the_same_code_again,
+    "defaults": defaults,
+    "the state of a decorator": a_decorator,
+    "a function in a dict": a_global(
+        lambda self, x: REGISTRY["act"](x), lambda: REGISTRY.update(act=lambda x, by=3.0: by * x)
+    ),
+    "functions in a list": a_global(run_steps, lambda: STEPS.append(lambda x: x + 1)),
+    "a builtin in a dict": a_global(lambda self, x: BUILTINS["act"](x), lambda: BUILTINS.update(act=torch.cos)),
+    "a builtin": a_global(lambda self, x: ACT(x), put(ACT=torch.cos)),
+    "a partial": a_global(lambda self, x: PARTIAL(x), put(PARTIAL=functools.partial(torch.mul, other=3.0))),
+    "an attribute of a class": a_global(lambda self, x: x * Flag.on, lambda: setattr(Flag, "on", 3.0)),
+    "what a function of a class reads": a_global(lambda self, x: Flag.scale(x), lambda: setattr(Flag, "on", 5.0)),
+    "another class": a_global(lambda self, x: x * Flag.on, put(Flag=type("Flag", (), {"on": 7.0}))),
+    "a member of an enum": a_global(lambda self, x: x * MODE.value, put(MODE=Mode.HIGH)),
+    "an array": a_global(lambda self, x: x * float(ARRAY[0]), lambda: ARRAY.__setitem__(0, 3.0)),
+    "a context variable": a_global(lambda self, x: x * CONTEXT.get(), lambda: CONTEXT.set(3.0)),
+}
+
+
+@pytest.mark.parametrize("what", READ)
+@pytest.mark.parametrize("compile", [AOT, False])
+def test_what_a_method_reads_is_seen_to_change(monkeypatch, what, compile):
+    fresh = {
+        "REGISTRY": dict(REGISTRY), "STEPS": list(STEPS), "BUILTINS": dict(BUILTINS), "PARTIAL": PARTIAL, "ACT": ACT,
+        "MODE": MODE, "Flag": type("Flag", (), dict(vars(Flag))), "ARRAY": np.array([1.0]),
+        "CONTEXT": contextvars.ContextVar("test", default=1.0),
+    }  # fmt: skip
+    for name, value in fresh.items():
+        monkeypatch.setitem(globals(), name, value)
+    layer, change = READ[what]()
+    layers, x = [layer() for _ in range(2)], torch.rand(2) + 0.5
+    run = torchlift.scan_layers(layers, compile=compile)
+    before = run(x)
+    change()
+    torch.testing.assert_close(run(x), layers[1](layers[0](x)))
+    assert not torch.allclose(run(x), before)
+
+
+def test_methods_of_local_classes_that_call_super_do_not_keep_them_alive():
+    class Base(nn.Module):
+        def forward(self, x, by=2.0):
+            return x * by
+
+    class Layer(Base):
+        def forward(self, x):
+            return super().forward(x)
+
+    assert fingerprint.of_class(Layer) == fingerprint.of_class(Layer) != fingerprint.of_class(Base)
+    dead = weakref.ref(Layer)
+    del Layer
+    gc.collect()
+    assert dead() is None
+
+
+def test_many_functions_that_know_each_other_are_outlined_once():
+    fns = []
+    fns += [(lambda n: lambda x: fns[n - 1](x))(number) for number in range(40)]
+    fingerprint.of_class(layer_of(lambda self, x: fns[0](x)))  # in factorial time it would not end

@@ -3,12 +3,15 @@
 NOTE [Content]. A graph that was captured without guards is right only while everything that Python read in capture is
 still as it was. So the key holds the classes of the modules, their plain attributes, the body's code, closure and
 defaults, and what all that code reads of globals: by value, never by a small integer id, which goes stale when an
-object dies.
+object dies. The same goes for the methods of the classes, and for what is in the registries that they name, which are
+small. Not read, for there is too much of it or no name leads there: the environment of the process, what
+``globals()[name]`` gives, the classes of objects, the modules in closures of methods, and long containers of functions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import enum
 import functools
 import types
@@ -254,7 +257,10 @@ def _of_modules_in(fn: types.FunctionType) -> list[Hashable]:
 
 # Code ----------------------------------------------------------------------------------------------------------------
 
-_Names = list[tuple[Mapping[str, Any], str]]  # namespaces of modules, and a name in each
+_Names = list[tuple["Mapping[str, Any] | _Members", str]]  # namespaces of modules and classes, and a name in each
+_PARTIAL = functools.partial
+# What has an outline beside plain values and functions; a module such as math has many of these that never change.
+_READ_IN_PLACE = (types.BuiltinFunctionType, contextvars.ContextVar)
 # For each class its members, the names that its methods read, and what these are.
 _classes: weakref.WeakKeyDictionary[type, tuple[Any, _Names, Any]] = weakref.WeakKeyDictionary()
 
@@ -286,25 +292,76 @@ def _values(names: _Names) -> list[Hashable]:
     return [(name, _outline(space.get(name))) for space, name in names]
 
 
-def _outline(value: Any, around: tuple[types.FunctionType, ...] = ()) -> Hashable:
-    """A value if it is plain; of a function, or method of any kind, its code, and of what it wraps."""
-    fn = function_in(value)
+class _Members:
+    """The members of a class that a global name leads to, which is looked up anew each time."""
+
+    def __init__(self, space: Mapping[str, Any], name: str):
+        self.space, self.name = space, name
+
+    def get(self, key: str) -> Any:
+        bases = getattr(self.space.get(self.name), "__mro__", ())
+        return next((vars(base)[key] for base in bases if key in vars(base)), None)
+
+
+def _outline(value: Any, seen: set[int] | None = None) -> Hashable:
+    """A value if it is plain; of a function, or method of any kind, its code, and what its cells and defaults hold.
+
+    A small container, a registry say, is read as far as it can be. What has neither code nor content is its type.
+    """
+    kind = type(value)
+    if kind in SCALARS:
+        return _of_atom(value)
+    fn = value if kind is types.FunctionType else function_in(value) if kind is not _PARTIAL else None
     if fn is not None:
-        within = (*around, fn)
-        wrapped = [function_in(in_cell(cell)) for cell in fn.__closure__ or ()]
-        return (fn.__code__, *[_outline(f, within) for f in wrapped if f is not None and f not in within])
+        code, known = fn.__code__, [*(fn.__defaults__ or ())]
+        if fn.__kwdefaults__:
+            known += fn.__kwdefaults__.values()
+        if fn.__closure__:  # what ``super()`` needs is no content, and leads back to the class
+            known += [in_cell(c) for c, name in zip(fn.__closure__, code.co_freevars) if name != "__class__"]
+        if not known or not (seen := _unseen(fn, seen)):
+            return code
+        return (code, *[_outline(item, seen) for item in known])
+    if isinstance(value, (type, types.BuiltinFunctionType)):
+        return value.__qualname__
+    if kind is contextvars.ContextVar:
+        return _outline(value.get(None), seen)
     if _is_plain(value):
         with contextlib.suppress(UnsupportedError):
             return of_value(value)
-    return type(value).__qualname__
+    inner = _inside(value)
+    if inner and (seen := _unseen(value, seen)):
+        keys = tuple([key for key in value if type(key) in SCALARS]) if isinstance(value, dict) else ()
+        return (kind.__qualname__, keys, *[_outline(item, seen) for item in inner])
+    return kind.__qualname__
+
+
+def _unseen(value: Any, seen: set[int] | None) -> set[int] | None:
+    """What an outline has come to with ``value``; None if it was there: functions refer to one another in circles."""
+    if seen is None:
+        return {id(value)}
+    if id(value) in seen or len(seen) == LONG:
+        return None
+    seen.add(id(value))
+    return seen
+
+
+def _inside(value: Any) -> Sequence[Any]:
+    """What is in a small list, tuple or dict, or in a partial."""
+    if type(value) is _PARTIAL:
+        return [value.func, *value.args, *value.keywords, *value.keywords.values()]
+    if not isinstance(value, (list, tuple, dict)) or len(value) > LONG:
+        return ()
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
     """Whether all there is to ``value`` are plain values, in containers and in objects of the user's classes."""
-    if type(value) in ATOMS:
+    if type(value) in ATOMS or isinstance(value, (enum.Enum, np.generic)):
         return True
     if isinstance(value, (list, tuple, dict)):
         inner = value.values() if isinstance(value, dict) else value
+    elif isinstance(value, np.ndarray):
+        return value.size <= _MOST and not value.dtype.hasobject
     elif isinstance(value, (nn.Module, type)) or is_library(type(value).__module__) or not hasattr(value, "__dict__"):
         return False
     else:
@@ -313,10 +370,10 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 
 def _names_read(values: list[Any]) -> _Names:
-    """The globals that functions among ``values`` read, those that are plain or functions, and what these read."""
-    found: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+    """The globals that functions among ``values`` read, those that have an outline, and what these read."""
+    found: dict[tuple[Any, ...], tuple[Any, str]] = {}
     seen: set[types.FunctionType] = set()
-    todo = [fn for fn in map(function_in, values) if fn is not None]
+    todo = [fn for value in values for fn in _functions_in(value)]
     while todo:
         fn = todo.pop()
         if fn in seen or is_library(fn.__globals__.get("__name__")):
@@ -326,12 +383,31 @@ def _names_read(values: list[Any]) -> _Names:
         names = names_in(fn.__code__)
         for space in spaces_of(fn, names):
             for name in names:
-                value = space.get(name)
-                inner = function_in(value)
-                if name in space and (inner is not None or _is_plain(value)):
+                if name not in space:
+                    continue
+                value = space[name]
+                inner = _functions_in(value)
+                in_place = space is fn.__globals__ and any(
+                    isinstance(v, _READ_IN_PLACE) for v in (value, *_inside(value))
+                )
+                if inner or in_place or _is_plain(value):
                     found[id(space), name] = space, name
-                    todo += [] if inner is None else [inner]
+                    todo += inner
+                elif isinstance(value, type) and not is_library(value.__module__):  # a flag, or a place for functions
+                    members = _Members(space, name)
+                    for own in names:
+                        member = members.get(own)
+                        if member is not None and own not in vars(object):
+                            found[id(space), name, own] = members, own
+                            todo += _functions_in(member)
     return list(found.values())
+
+
+def _functions_in(value: Any, depth: int = 3) -> list[types.FunctionType]:
+    """The functions in a value, or in a small container such as a registry."""
+    fn = function_in(value)
+    found = [] if fn is None else [fn]
+    return found + [fn for item in _inside(value) for fn in _functions_in(item, depth - 1)] if depth else found
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
