@@ -11,7 +11,7 @@ from ways import AOT
 
 from torchlift import checkpoint_policies, fingerprint, remat, scan, scan_layers, vmap
 from torchlift.engine.run import last_report
-from torchlift.errors import TorchliftCompileWarning, UnsupportedError
+from torchlift.errors import LayerMismatchError, TorchliftCompileWarning, UnsupportedError
 
 
 def scaled(factor):
@@ -156,3 +156,50 @@ def test_what_a_class_reads_is_seen_to_change(change, monkeypatch):
         torch.testing.assert_close(run(x), layers[1](layers[0](x)))
         assert last_report().path == "compiled"
     assert last_report().compilations == 1  # 1.0 again
+
+
+# What torch.compile and torch.jit made, in a layer -------------------------------------------------------------------
+
+
+class Compiled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.act = torch.compile(inner, backend="aot_eager"), torch.tanh
+
+    def forward(self, x):
+        return self.act(self.inner(x))
+
+
+@pytest.mark.parametrize("around", [lambda run: run, lambda run: torch.compile(run, backend="aot_eager")])
+@pytest.mark.parametrize("compile", [AOT, False])
+@pytest.mark.parametrize("remat", [False, True])
+def test_submodules_that_torch_compile_returned_run_in_a_loop(compile, remat, around):
+    layers, x = [Compiled(nn.Linear(3, 3)) for _ in range(3)], torch.randn(2, 3)
+    run = scan_layers(layers, compile=compile, remat=remat)
+    for _ in range(2):
+        expected = layers[2](layers[1](layers[0](x)))
+        grads = torch.autograd.grad(expected.sum(), run.parameters())
+        got = around(run)(x)
+        torch.testing.assert_close((got, torch.autograd.grad(got.sum(), run.parameters())), (expected, grads))
+        assert last_report() is None or last_report().path == ("plain" if compile is False else "compiled")
+        with torch.no_grad():
+            for parameter in run.parameters():
+                parameter.mul_(1.5)
+
+
+def test_layers_differ_if_what_torch_compile_was_given_does():
+    with pytest.raises(LayerMismatchError, match=r"layer 1: inner\._orig_mod\.p 0\.2 != 0\.1"):
+        scan_layers([Compiled(nn.Dropout(0.1)), Compiled(nn.Dropout(0.2))])
+
+
+def test_a_compiled_function_is_told_by_the_one_that_it_runs():
+    make = lambda number: torch.compile(lambda x: x * number, backend="aot_eager")
+    of = fingerprint.of_value
+    assert of(make(2)) == of(make(2)) != of(make(3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_layer_with_a_script_module_is_refused_when_the_loop_is_made():
+    layers = [nn.Sequential(torch.jit.script(nn.Linear(2, 2))) for _ in range(2)]
+    with pytest.raises(UnsupportedError, match="layer 0: 0 is a ScriptModule.*; lift the Python module that"):
+        scan_layers(layers, compile=False)

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchlift import fingerprint
 from torchlift.errors import LayerMismatchError, UnsupportedError, likely
-from torchlift.nodes import ATOMS, STORES
+from torchlift.nodes import ATOMS, SCRIPTED, STORES
 from torchlift.variables import class_of, own_tensors
 
 
 def check_alike(label: str, layers: Sequence[nn.Module], scanned: Sequence[str]) -> None:
     """Refuses layers that differ in more than their tensors' values and the attributes in ``scanned``."""
+    for index, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise UnsupportedError(f"{label}: layer {index}: {path or 'it'} {SCRIPTED}")
     for index, layer in enumerate(layers):
         try:
             found = _difference(layers[0], layer, scanned)

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
-from torchlift.nodes import COMPILED_CALL, HOOKS, INTERNALS, SCALARS, Entry, Node, Place, remember, remembered
+from torchlift.nodes import (
+    COMPILED,
+    COMPILED_CALL,
+    HOOKS,
+    INTERNALS,
+    SCALARS,
+    SCRIPTED,
+    Entry,
+    Node,
+    Place,
+    remember,
+    remembered,
+)
 from torchlift.references import Container, elements
 from torchlift.unread import Unread
 from torchlift.variables import AT, ATTRIBUTE, PARAMS, UninitializedTensor, Variable, collection_of, outer_place
@@ -122,7 +134,7 @@ class Collected:
 
     def _walk(self, module: nn.Module, root: int, path: str) -> int:
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(f"{self.label}: {path or 'the module'} is a ScriptModule; lift the Python module")
+            raise UnsupportedError(f"{self.label}: {path or 'the module'} {SCRIPTED}")
         fields = module.__dict__
         node = Node(module, root, path)
         self._node_of[id(module)] = at = len(self.nodes)
@@ -134,7 +146,7 @@ class Collected:
             if tensor is not None:
                 collection = collection_of(module, "_buffers", key)
                 node.tensors.append(("_buffers", key, self._entry(tensor, collection, node, "_buffers", key)))
-        for key, value in fields.items():
+        for key, value in fields.items() if COMPILED not in fields else ():
             if key not in INTERNALS and type(value) not in SCALARS:
                 node.attributes.append((key, value))
                 self._interesting = True
@@ -294,6 +306,8 @@ class Collected:
                 fields["_modules"] = modules = dict(fields["_modules"])
                 for key, child in node.children:
                     modules[key] = shadows[child]
+                if COMPILED in fields:  # what it calls is the real module; a transform compiles its body itself
+                    fields["forward"] = modules["_orig_mod"]
             elif not compiling:
                 fields = shadow.__dict__
                 fields["_modules"] = dict(fields["_modules"]) if fields["_modules"] else {}

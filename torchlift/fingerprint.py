@@ -26,7 +26,7 @@ from torchlift import _tree
 from torchlift.code import function_in, in_closure, is_library, names_in, spaces_of
 from torchlift.digests import digest as digest  # part of what this module offers
 from torchlift.errors import UnsupportedError
-from torchlift.nodes import ATOMS, INTERNALS, LONG, SCALARS, Node
+from torchlift.nodes import ATOMS, COMPILED, INTERNALS, LONG, SCALARS, Node
 from torchlift.pack import Packed
 from torchlift.references import in_cell
 from torchlift.variables import Variable, class_of
@@ -211,6 +211,8 @@ class _Reader:
         if isinstance(value, types.MethodType):
             return ("method", self.all((value.__func__, value.__self__)))
         if isinstance(value, types.FunctionType):
+            if COMPILED in value.__dict__:  # by torch.compile, whose wrapper tells nothing
+                return ("compiled", self.read(value.__dict__[COMPILED]))
             parts = (value.__defaults__, value.__kwdefaults__, *map(in_cell, value.__closure__ or ()))
             read = _of_modules_in(value)
             return ("function", value.__code__, self.all(parts), *_values(_names_read([value])), *read)

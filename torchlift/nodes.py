@@ -20,7 +20,10 @@ ATOMS: tuple[Any, ...] = (*SCALARS, torch.dtype, torch.device, torch.Size, slice
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STORES = ("_parameters", "_buffers")
 COMPILED_CALL = "_compiled_call_impl"  # what Module.compile() makes; it calls the real module
-INTERNALS = frozenset(nn.Module().__dict__) - {"training"} | {AT, COMPILED_CALL}
+COMPILED = "_torchdynamo_orig_callable"  # what marks that which torch.compile(module) makes; so does that of a function
+_OF_DYNAMO = {COMPILED, "_torchdynamo_wrapper_id", "dynamo_ctx", "get_compiler_config", "_super_module_initialized"}
+INTERNALS = frozenset(nn.Module().__dict__) - {"training"} | {AT, COMPILED_CALL} | _OF_DYNAMO
+SCRIPTED = "is a ScriptModule, which has no Python to run; lift the Python module that torch.jit.script was given"
 LONG = 64  # a longer container is a table of plain values
 
 
