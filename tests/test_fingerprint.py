@@ -109,6 +109,32 @@ def test_a_value_without_content_sends_the_loop_to_python():
     assert last_report().path == "plain"
 
 
+class Sliced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = slice(1, None)
+
+    def forward(self, x, by):
+        return x + x[self.part].sum() * (x[by].sum() if isinstance(by, slice) else len(by))
+
+
+@pytest.mark.parametrize("loop", ["scan_layers", "scan"])
+@pytest.mark.parametrize("values", [(slice(0, 2), slice(0, 3)), ({1}, {1, 2}), (bytearray(1), bytearray(2))], ids=str)
+@pytest.mark.filterwarnings("ignore::torchlift.TorchliftCompileWarning")
+def test_arguments_and_attributes_without_a_hash(loop, values):
+    layers, x = [Sliced(), Sliced()], torch.rand(4)
+    run = scan_layers(layers, compile=AOT)
+    if loop == "scan":
+        over = scan(lambda m, c, by: (m(c, by), None), length=2, compile=AOT)
+        run = lambda x, by: over(layers[0], x, by)[0]
+    for value in (*values, values[0]):
+        torch.testing.assert_close(run(x, value), layers[1](layers[0](x, value), value))
+        assert last_report().path == ("compiled" if type(value) is slice else "plain")
+    of = fingerprint.of_value
+    assert of(slice(0, 2)) == of(slice(0, 2)) != of(slice(0, 3)) != of(slice(0, True))
+    assert hash(of([slice(0, 2)])) == hash(of([slice(0, 2)]))
+
+
 # What a class reads beside its arguments -----------------------------------------------------------------------------
 
 FACTOR, SETTINGS = 1.0, {"factor": 1.0}

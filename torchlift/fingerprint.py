@@ -151,6 +151,8 @@ def opaque(leaves: Iterable[Any]) -> str | None:
 
 
 def _of_atom(value: Any) -> Hashable:
+    if type(value) is slice:  # before Python 3.12 they have no hash
+        return (slice, of_value((value.start, value.stop, value.step)))
     return (type(value), value if value == value else "nan")
 
 

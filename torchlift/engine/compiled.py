@@ -301,9 +301,9 @@ def _count_constants(request: Request) -> None:
     _constants.move_to_end(request.body.key)
     while len(_constants) > FAMILIES:
         _constants.popitem(last=False)
-    values = request.signature.consts.others
+    values = request.signature.consts  # not its other leaves by themselves: of a slice it has a hash
     if values not in seen and len(seen) == CONSTANTS:
-        got = ", ".join(repr(value) for *_, value in values)
+        got = ", ".join(repr(value) for *_, value in values.others)
         raise CaptureError(
             f"the plain values among the arguments, {got} now, were others in {CONSTANTS} calls before, and each takes "
             "a compilation; pass a number that changes as a tensor"

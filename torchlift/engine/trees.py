@@ -27,7 +27,9 @@ class Template:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.spec, self.others))  # that of a spec takes longer than all else in a search for a program
+        # A slice has no hash before Python 3.12.
+        others = [(at, (v.start, v.stop, v.step) if kind is slice else v) for at, kind, v in self.others]
+        return hash((self.spec, *others))  # that of a spec takes longer than all else in a search for a program
 
     def fill(self, tensors: Iterable[Any]) -> Tree:
         """The pytree with ``tensors``, or what stands for them, in its slots."""
