@@ -1,7 +1,10 @@
 """Content keys: equal for equal bodies, and different for bodies that differ in anything that is not a tensor."""
 
+import dataclasses
 import functools
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -133,6 +136,53 @@ def test_arguments_and_attributes_without_a_hash(loop, values):
     of = fingerprint.of_value
     assert of(slice(0, 2)) == of(slice(0, 2)) != of(slice(0, 3)) != of(slice(0, True))
     assert hash(of([slice(0, 2)])) == hash(of([slice(0, 2)]))
+
+
+# How arguments are built -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Added:
+    b: torch.Tensor
+
+    def __post_init__(self):
+        self.scale = 1.0
+
+
+class Takes(nn.Module):
+    def forward(self, x, given=None, a=None, b=None):
+        if isinstance(given, Added):
+            return x * given.scale + given.b
+        given = {"a": a, "b": b} if given is None else given
+        return x * given["a"] if given.get("a") is not None else x + given["b"]
+
+
+@pytest.mark.parametrize("around", [lambda run: run, lambda run: torch.compile(run, backend="aot_eager")])
+@pytest.mark.parametrize("loop", ["scan_layers", "scan"])
+def test_programs_are_told_apart_by_how_arguments_are_built(loop, around):
+    layers, x = [Takes(), Takes()], torch.full((2,), 1.5)  # a scan takes the rest a number at a time
+    run = scan_layers(layers, compile=AOT)
+    if loop == "scan":
+        over = scan(lambda m, c, *args, **kwargs: (m(c, *args, **kwargs), None), length=2, compile=AOT)
+        run = lambda x, *args, **kwargs: over(layers[0], x, *args, **kwargs)[0]
+    run = around(run)
+    calls = [((), {"a": x}), ((), {"b": x}), (({"a": x},), {}), (({"b": x},), {}), ((Added(x),), {})]
+    for args, kwargs in calls:
+        expected = layers[1](layers[0](x, *args, **kwargs), *args, **kwargs)
+        torch.testing.assert_close(run(x, *args, **kwargs), expected)
+
+
+def test_an_attribute_of_a_dataclass_argument_that_is_no_field_is_seen_to_change():
+    layers, x, given = [Takes(), Takes()], torch.rand(3), Added(torch.ones(3))
+    run = scan_layers(layers, compile=AOT)
+    for given.scale in (1.0, 2.0, 1.0):
+        torch.testing.assert_close(run(x, given), layers[1](layers[0](x, given), given))
+        assert last_report().path == "compiled"
+    assert last_report().compilations == 1  # 1.0 again
+    dead = weakref.ref(given.b)
+    del given
+    gc.collect()
+    assert dead() is None
 
 
 # What a class reads beside its arguments -----------------------------------------------------------------------------

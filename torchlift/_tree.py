@@ -95,6 +95,25 @@ def unflatten(leaves: list[Any], spec: Spec) -> Any:
     return pytree.tree_unflatten(outer_leaves, spec.outer)
 
 
+def form(spec: Spec) -> Any:
+    """A hashable stand-in for a Spec, which does not keep its dataclasses, and their tensors, alive."""
+    if not any(spec.inner):
+        return spec.outer
+    inner = [part and (type(part[0].instance), part[1], form(part[2])) for part in spec.inner]
+    return (spec.outer, *inner)
+
+
+def beside_fields(spec: Spec) -> list[dict[str, Any]]:
+    """What each dataclass in a tree has of attributes that are no fields: they stay with the instance to copy."""
+    found: list[dict[str, Any]] = []
+    for inner in spec.inner:
+        if inner is not None:
+            template, names, sub_spec, _ = inner
+            own = getattr(template.instance, "__dict__", {})
+            found += [{key: value for key, value in own.items() if key not in names}, *beside_fields(sub_spec)]
+    return found
+
+
 def _replace(template: Any, names: tuple[str, ...], values: list[Any]) -> Any:
     # Not dataclasses.replace: it runs __post_init__ again, which may look at values that are tracers now.
     new = copy.copy(template)

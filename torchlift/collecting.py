@@ -72,7 +72,7 @@ class Collected:
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], label: str):
         self.label = label
-        self.leaves, self._spec = _tree.flatten((args, kwargs))
+        self.leaves, self.spec = _tree.flatten((args, kwargs))
         self.tensor_leaves = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self._collect(module)
 
@@ -336,7 +336,7 @@ class Collected:
         """The ``(args, kwargs)`` of the call with these leaves."""
         if self._slots is not None:
             leaves = [self.fill(slot, shadows, bound, leaves) for slot in self._slots]
-        return _tree.unflatten(list(leaves), self._spec)
+        return _tree.unflatten(list(leaves), self.spec)
 
 
 def _itself(tensor: Tensor) -> Tensor:

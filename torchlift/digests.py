@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
+from torchlift._compat import pytree
 from torchlift.errors import UnsupportedError
 from torchlift.nodes import ATOMS
 
@@ -36,6 +37,8 @@ def _text(value: Any) -> str:
         return "(" + ",".join(_text(item) for item in value) + ")"
     if isinstance(value, (set, frozenset)):
         return "{" + ",".join(sorted(_text(item) for item in value)) + "}"
+    if isinstance(value, pytree.TreeSpec):
+        return repr(value)
     if isinstance(value, types.CodeType):
         return _text((value.co_code.hex(), value.co_consts, value.co_names, value.co_varnames, value.co_freevars))
     if isinstance(value, type):

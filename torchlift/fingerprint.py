@@ -52,7 +52,7 @@ class Key(tuple[Hashable, ...]):
 
 
 def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
-    """The key of a packed call: its function, its modules, and where its tensors go.
+    """The key of a packed call: its function, its modules, how its arguments are built, and where its tensors go.
 
     ``skip`` names plain attributes that are not part of it.
     """
@@ -63,7 +63,9 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     known = [cls.forward for cls in classes if is_library(cls.__module__)]
     contents += tuple([_outline(forward) for forward in known if not is_library(getattr(forward, "__module__", None))])
     axes = tuple((axis.name, axis.size, axis.group) for axis in packed.context["axes"])
-    key = Key((of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures, axes))
+    beside = _tree.beside_fields(packed.spec)
+    built = (_tree.form(packed.spec), of_value(beside) if beside else None)
+    key = Key((of_value(packed.fn), of_modules(packed, skip), contents, packed.inside, captures, axes, built))
     if packed.memory is None:
         return key
     last: Key | None = packed.memory.keys.get((_CONTENT, *skip))  # which has its hash
