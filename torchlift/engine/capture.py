@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
 from torchlift.engine.draws import draws, hide_undrawn, node_draws, show_undrawn, undone_draws
+from torchlift.engine.kept import KEEPS, Made
 from torchlift.engine.packs import pack_saved, select_rows
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
@@ -29,6 +30,10 @@ from torchlift.engine.trees import Template, Tree, split
 
 class CaptureError(Exception):
     """A body cannot be captured; the message is the reason. Never leaves the engine: the plain loop runs."""
+
+
+class KeptTensorError(CaptureError):
+    """A body keeps a tensor of a capture, now taken out again; another capture may do. See NOTE [Kept tensors]."""
 
 
 class NestedLoopError(Exception):
@@ -44,20 +49,17 @@ class Probe:
     aliased: list[bool]  # per output: whether it shares memory with an input or an earlier output
     ys: tuple[Template, ...]
     carries: int
-    outputs: list[torch.Tensor]  # carry, then the ys
+    requires_grad: list[bool]  # per output: carry, then the ys. None is here itself: nothing holds a run's tensors
     random: bool
-
-    @property
-    def requires_grad(self) -> list[bool]:
-        return [out.requires_grad for out in self.outputs]
 
 
 class _Spy(TorchDispatchMode):
-    """Notes the real tensors that operators are given, and whether any operator draws."""
+    """Notes the real tensors that operators are given, those that they make, and whether any operator draws."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[int, torch.Tensor] = {}
+        self.made = Made()
         self.random = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,7 +72,9 @@ class _Spy(TorchDispatchMode):
                 self.found.setdefault(id(tensor), tensor)
             if real and func._schema.is_mutable and _is_real(args[0]):
                 raise CaptureError(f"the body writes into a tensor that is not among its inputs ({func})")
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self.made.note(out)
+        return out
 
     def leave_out_constants(self, again: _Spy) -> None:
         """Takes out what the body made itself, by what another run found.
@@ -137,11 +141,11 @@ def _quiet() -> Any:
 def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: bool) -> Probe:
     """Runs the iterations on ``fakes`` and reports."""
 
-    def run() -> Any:
-        spy = _Spy()
+    def once(spy: _Spy) -> Probe:
         with _quiet(), inline_remat(), mode, torch.set_grad_enabled(train):
             # Clones, so that an in-place write into a leaf that requires grad is no error here.
             inputs = [fake.clone() for fake in fakes]
+            spy.made.note(inputs)
             versions = [t._version for t in inputs]
             with spy:
                 carry, ys = fn(*inputs)
@@ -150,20 +154,32 @@ def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: b
         for out in outputs:
             if not _compat.is_fake(out):
                 spy.found.setdefault(id(out), out)
-        return spy, inputs, versions, flat_ys, outputs
+        return Probe(
+            closures=[],
+            mutated=[t._version != v for t, v in zip(inputs, versions)],
+            aliased=_aliased(outputs, inputs),
+            ys=tuple(template for _, template in flat_ys),
+            carries=len(outputs) - sum(len(tensors) for tensors, _ in flat_ys),
+            requires_grad=[out.requires_grad for out in outputs],
+            random=spy.random,
+        )
 
-    spy, inputs, versions, flat_ys, outputs = run()
+    def run() -> tuple[Probe, _Spy]:
+        spy = _Spy()
+        try:
+            seen = once(spy)
+        except BaseException:
+            spy.made.take_out(collect=False)  # what the error's frames hold is alive
+            raise
+        kept = spy.made.take_out()
+        if kept is not None:
+            raise KeptTensorError(f"the body {KEEPS}, in {kept}; make it before the loop, or register it as a buffer")
+        return seen, spy
+
+    seen, spy = run()
     if any(map(_may_be_constant, spy.found.values())):
-        spy.leave_out_constants(run()[0])
-    return Probe(
-        closures=list(spy.found.values()),
-        mutated=[t._version != v for t, v in zip(inputs, versions)],
-        aliased=_aliased(outputs, inputs),
-        ys=tuple(template for _, template in flat_ys),
-        carries=len(outputs) - sum(len(tensors) for tensors, _ in flat_ys),
-        outputs=outputs,
-        random=spy.random,
-    )
+        spy.leave_out_constants(run()[1])
+    return replace(seen, closures=list(spy.found.values()))
 
 
 def _aliased(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[bool]:
@@ -220,7 +236,7 @@ def trace(
         joint = _compat.joint_graph(flat, fakes, train, inductor)
     spans.tell(joint)
     _require_whole(joint)
-    count = len(seen.outputs)
+    count = len(seen.requires_grad)
     select_rows(joint)
     if join and several and not seen.random:  # draws stay in their order, which a sorted graph may not keep
         join_products(joint, count)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from torchlift import _compat
-from torchlift.engine import capture, spans
-from torchlift.engine.capture import CaptureError, stride_order
+from torchlift.engine import capture, kept, spans
+from torchlift.engine.capture import CaptureError, KeptTensorError, stride_order
 from torchlift.engine.forms import Forms
 from torchlift.engine.graphs import Backend, compile_graphs, surroundings
 from torchlift.engine.inlining import inlining, noting_nested
@@ -106,6 +106,7 @@ def clear_cache() -> None:
         compilations.clear()
         _constants.clear()
         spans.forget()
+        kept.forget()
 
 
 def environment(key: Hashable) -> tuple[Hashable, ...]:
@@ -160,7 +161,7 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
             with noting_nested() as nested:
                 try:
                     variant, closures = _make(request)
-                except TorchliftError:
+                except (TorchliftError, KeptTensorError):
                     raise
                 except Exception:
                     # The loops of the body as parts of its graph may do where operators do not.
@@ -171,6 +172,8 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
             if isinstance(error, TorchliftError) and not isinstance(error, CaptureError):
                 raise  # a carry that changes, and the like: what the plain loop would say
             reason = reason_of(error)
+            if isinstance(error, KeptTensorError) and kept.is_first(exact):
+                raise KeptTensorError(reason) from error
             _remember(exact, reason)
             raise CaptureError(reason) from error
         return variant.program, closures
@@ -402,7 +405,7 @@ def _capture(
         consts=a,
         carries=signature.carry.tensors,
         ys=seen.ys,
-        requires_grad=seen.requires_grad if train else [False] * len(seen.outputs),
+        requires_grad=seen.requires_grad if train else [False] * len(seen.requires_grad),
         random=seen.random,
         saved_bytes=saved,
         recomputed=graphs.recomputed,

@@ -21,10 +21,11 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import compiled
-from torchlift.engine.capture import CaptureError, inverse, order_of, rows_of, stride_order
+from torchlift.engine.capture import CaptureError, KeptTensorError, inverse, order_of, rows_of, stride_order
 from torchlift.engine.compiled import Request, capture_program, settle
 from torchlift.engine.draws import devices_of, read_states
 from torchlift.engine.graphs import Backend
+from torchlift.engine.kept import is_first
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
 from torchlift.engine.signature import Signature
@@ -141,7 +142,12 @@ def prepare(
     known = (spec, metas, compiled.environment(body.key))
     found = _prepared.get(known)
     if found is None:
-        found = _in_own_thread(lambda: _make(body, spec, metas, nested), nested)
+        try:
+            found = _in_own_thread(lambda: _make(body, spec, metas, nested), nested)
+        except KeptTensorError as error:
+            if is_first(known):
+                raise
+            found = str(error)
         # Asked again: only now it is known whether the body has optional spans.
         _prepared[spec, metas, compiled.environment(body.key)] = found
     if isinstance(found, str):
@@ -186,8 +192,9 @@ def _in_own_thread(make: Callable[[], Any], nested: bool) -> Any:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    if isinstance(result[0], TorchliftError) or not isinstance(result[0], Exception | BaseException):
-        if isinstance(result[0], TorchliftError):
+    refused = (TorchliftError, KeptTensorError)
+    if isinstance(result[0], refused) or not isinstance(result[0], BaseException):
+        if isinstance(result[0], refused):
             raise result[0]
         return result[0]
     if not isinstance(result[0], Exception):
@@ -200,7 +207,7 @@ def _depends_on_values(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested:
     metas = metas[: sum(spec.counts)]
 
     def run() -> str:
-        with suppress(TorchliftError):  # as the body will raise it where it runs
+        with suppress(TorchliftError, KeptTensorError):  # as the body will raise it where it runs
             settle(_request(body, spec, metas, [blank(meta) for meta in metas]))
         return ""
 

@@ -24,6 +24,7 @@ from torchlift import _compat
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.compiled import ON_VALUES
 from torchlift.engine.handles import Options, Row, prepare
+from torchlift.engine.kept import KEEPS
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, plain_run
 from torchlift.engine.operators import OpaqueLoop, forward, laid_out
 from torchlift.engine.roster import Enrolled, roster_of
@@ -168,7 +169,8 @@ def _in_graph(
         _outputs[site] = ON_CARRY
         return []
     except CaptureError as error:
-        if enrolled or ON_VALUES in str(error):
+        # What is unrolled here runs on fakes, too, which would be kept: NOTE [Kept tensors].
+        if enrolled or any(why in str(error) for why in (ON_VALUES, KEEPS)):
             _outputs[site] = ON_VALUES
             return []
         if key not in _warned:

@@ -13,7 +13,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine import capture, compiled
-from torchlift.engine.capture import CaptureError, like_strided, rows_of
+from torchlift.engine.capture import CaptureError, KeptTensorError, like_strided, rows_of
 from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
@@ -147,7 +147,7 @@ def _run(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _O
             try:
                 return _compiled_run(body, given, length, options, Backend.of(compile))
             except CaptureError as error:
-                reason, unexpected = str(error), True
+                reason, unexpected = str(error), not isinstance(error, KeptTensorError)
     record(Report(body.name, "plain", reason))
     out = _plain(body, consts, carry, xs, length, options)
     # After the loop, so that an error of the body comes alone.

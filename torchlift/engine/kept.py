@@ -1,0 +1,179 @@
+"""Tensors of a capture that a body left where they outlive it: found, and taken out again.
+
+NOTE [Kept tensors]. A body may make a table once and keep it: in a dict, by ``functools.lru_cache``, in an attribute of
+an object. In a capture that table has no data, and all who read the cache later on, in other models too, would compute
+with it. So whatever a body made on fakes must be gone once the run is over. What is not is taken out of what holds it,
+nothing is captured, and the plain loop runs, which fills the cache with a tensor that has data. That is no failure: the
+next call captures again, finds the cache full, and nobody is warned. A body that keeps a tensor of each run (a list of
+attention maps) will do so then as well: that is remembered, with a warning.
+
+What was there before is not known. An entry of a dict goes; so do the last ones of a list; a global, a variable of an
+enclosing function, an attribute that ``__init__`` sets and an element amid a list become None, as what is made when it
+is first needed mostly starts.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import gc
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from torchlift._compat import pytree
+
+KEEPS = "keeps a tensor that it made"  # says why a body was not captured
+_DEPTH = 6  # of tuples in one another that hold a tensor
+_MOST = 512  # requests remembered
+_LRU = type(functools.lru_cache(lambda: None))
+_NO_HOLDERS = (types.FrameType, types.GeneratorType, torch.Tensor, weakref.ref)
+
+_failed: OrderedDict[Hashable, None] = OrderedDict()  # requests whose body kept a tensor
+
+
+def is_first(request: Hashable) -> bool:
+    """Whether no capture for this request was told here before to have failed since the body kept a tensor."""
+    first = request not in _failed
+    _failed[request] = None
+    while len(_failed) > _MOST:
+        _failed.popitem(last=False)
+    return first
+
+
+def forget() -> None:
+    """Forgets all of these requests."""
+    _failed.clear()
+
+
+class Made:
+    """The tensors that one run of a body on fakes made, as long as they live."""
+
+    def __init__(self) -> None:
+        self.refs: list[weakref.ref[torch.Tensor]] = []
+
+    def note(self, tree: Any) -> None:
+        leaves = (tree,) if isinstance(tree, torch.Tensor) else pytree.tree_leaves(tree)
+        self.refs += [weakref.ref(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def alive(self) -> list[torch.Tensor]:
+        found = (ref() for ref in self.refs)
+        return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
+
+    def take_out(self, collect: bool = True) -> str | None:
+        """Takes those out that anything in Python still holds, when the run is over, and says of what.
+
+        Mostly none is left, as nothing of the run is, and there is nothing to look for. With ``collect`` what is left
+        in cycles goes first: the youngest objects, which is fast.
+        """
+        for generation in (0, 1, 2) if collect else ():
+            if not self.alive():
+                return None
+            gc.collect(generation)
+        tensors = self.alive()
+        return _take_out(tensors) if tensors else None
+
+
+def _take_out(inner: list[Any]) -> str | None:
+    """Takes ``inner``, and the tuples that hold some of it, out of all that can be changed; the first of these."""
+    found: list[str] = []
+    known = {id(inner), id(found)}
+    for _ in range(_DEPTH):
+        if not inner:
+            break
+        wanted = {id(value) for value in inner}
+        holders = [h for h in gc.get_referrers(*inner) if id(h) not in known and not isinstance(h, _NO_HOLDERS)]
+        outer: list[Any] = []
+        known |= {id(holders), id(outer), *map(id, holders)}
+        for holder in holders:
+            if isinstance(holder, (tuple, frozenset, types.MethodType, functools.partial)):
+                outer.append(holder)
+                continue
+            with contextlib.suppress(Exception):  # whatever a class of the user's raises
+                what = _clear(holder, wanted)
+                found += [] if what is None else [what]
+        inner = outer
+        known.add(id(inner))
+    return found[0] if found else None
+
+
+def _clear(holder: Any, wanted: set[int]) -> str | None:
+    """Takes what is ``wanted``, by id, out of one object that holds it, and says what that is."""
+    if isinstance(holder, _LRU):
+        holder.cache_clear()
+        return f"the cache of {holder.__qualname__}"
+    if isinstance(holder, dict):
+        return _clear_dict(holder, wanted)
+    if isinstance(holder, types.CellType):
+        holder.cell_contents = None
+        return "a variable of a function around it"
+    if isinstance(holder, list):
+        _clear_list(holder, wanted)
+        return _called(holder)
+    if isinstance(holder, collections.deque):
+        left = [value for value in holder if id(value) not in wanted]
+        holder.clear()
+        holder.extend(left)
+        return _called(holder)
+    if isinstance(holder, set):
+        holder.difference_update([value for value in holder if id(value) in wanted])
+        return _called(holder)
+    names = [name for name in _attributes(holder) if id(getattr(holder, name, None)) in wanted]
+    for name in names:
+        _clear_attribute(holder, name)
+    return f"the attribute {names[0]} of a {type(holder).__name__}" if names else None
+
+
+def _clear_dict(holder: dict[Any, Any], wanted: set[int]) -> str:
+    keys = [key for key, value in holder.items() if id(value) in wanted or id(key) in wanted]
+    if "__name__" in holder and "__builtins__" in holder:
+        for key in keys:
+            holder[key] = None
+        return f"the global {keys[0]} of {holder['__name__']}"
+    for owner in gc.get_referrers(holder):
+        # That of a class cannot be had but by asking the class what it refers to.
+        of_class = isinstance(owner, type) and any(inner is holder for inner in gc.get_referents(owner))
+        if of_class or (not isinstance(owner, _NO_HOLDERS) and getattr(owner, "__dict__", None) is holder):
+            for key in keys:
+                _clear_attribute(owner, key)
+            return f"the attribute {keys[0]} of a {owner.__name__ if of_class else type(owner).__name__}"
+    what = _called(holder)
+    for key in keys:
+        del holder[key]
+    return what
+
+
+def _clear_list(holder: list[Any], wanted: set[int]) -> None:
+    if all(value is not None for value in holder):  # else it has a place for each
+        while holder and id(holder[-1]) in wanted:
+            holder.pop()
+    holder[:] = [None if id(value) in wanted else value for value in holder]
+
+
+def _attributes(holder: Any) -> list[str]:
+    slots = [vars(base).get("__slots__", ()) for base in type(holder).__mro__]
+    named = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
+    return [*getattr(holder, "__dict__", ()), *named]
+
+
+def _clear_attribute(owner: Any, name: str) -> None:
+    if isinstance(owner, type):
+        setattr(owner, name, None)
+    elif name in getattr(getattr(type(owner).__init__, "__code__", None), "co_names", ()):
+        object.__setattr__(owner, name, None)
+    else:
+        object.__delattr__(owner, name)
+
+
+def _called(holder: Any) -> str:
+    """What a container is called, if a global or an attribute is it."""
+    kind = f"a {type(holder).__name__}"
+    for owner in gc.get_referrers(holder):
+        if isinstance(owner, dict) and "__name__" in owner and "__builtins__" in owner:
+            return next((f"{kind}, {key} of {owner['__name__']}" for key in owner if owner[key] is holder), kind)
+    return kind
