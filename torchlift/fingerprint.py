@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import enum
 import functools
+import random
 import types
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from torchlift.variables import Variable, class_of
 # Arguments that are told by what they are, or are inputs.
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
 _TOLD = (*ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _DEPTH = 64  # values in one another
 _DEEP = 8  # of objects in one another that a name leads to
 _CONTENT = "content"
@@ -202,6 +204,11 @@ class _Reader:
         return tuple([self.read(value) for value in values])
 
     def _content(self, value: Any, kind: type) -> Hashable:
+        if isinstance(getattr(value, "__self__", value), _GENERATORS) and not _is_global(value):
+            raise UnsupportedError(
+                f"a plain value is, or draws from, a {kind.__name__}, whose numbers a graph would repeat; draw with "
+                "torch, as torch.rand(()) does"
+            )
         if isinstance(value, (list, tuple)):
             return (kind, self.all(value))
         if isinstance(value, Mapping):
@@ -235,6 +242,12 @@ class _Reader:
         except Exception:  # whatever a class of the user's raises there
             raise UnsupportedError(f"a plain value of type {kind.__name__} cannot be compared by content") from None
         return (kind, value)
+
+
+def _is_global(value: Any) -> bool:
+    """Whether it is Python's or NumPy's global generator, or a function of it: a capture notes when that draws."""
+    known = [getattr(fn, "__self__", None) for fn in (random.random, np.random.rand)]
+    return any(getattr(value, "__self__", value) is generator for generator in known)
 
 
 def _slots_of(value: Any, kind: type) -> dict[str, Any]:

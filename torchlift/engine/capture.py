@@ -17,7 +17,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
-from torchlift.engine.draws import draws, hide_undrawn, node_draws, show_undrawn, undone_draws
+from torchlift.engine.draws import (
+    DRAW_WITH_TORCH,
+    DRAWS_APART,
+    draws,
+    hide_undrawn,
+    node_draws,
+    noting_apart,
+    show_undrawn,
+    undone_draws,
+)
 from torchlift.engine.kept import KEEPS, Made
 from torchlift.engine.packs import pack_saved, select_rows
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
@@ -167,11 +176,14 @@ def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: b
     def run() -> tuple[Probe, _Spy]:
         spy = _Spy()
         try:
-            seen = once(spy)
+            with noting_apart() as drew:
+                seen = once(spy)
         except BaseException:
             spy.made.take_out(collect=False)  # what the error's frames hold is alive
             raise
         kept = spy.made.take_out()
+        if drew:
+            raise CaptureError(f"the body {DRAWS_APART}, whose numbers a graph would repeat; {DRAW_WITH_TORCH}")
         if kept is not None:
             raise KeptTensorError(f"the body {KEEPS}, in {kept}; make it before the loop, or register it as a buffer")
         return seen, spy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import random
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +63,35 @@ def undone_draws(devices: tuple[torch.device, ...] = (torch.device("cpu"),)) -> 
         yield
     finally:
         write_states(before)
+
+
+DRAWS_APART = "draws from Python's or NumPy's global generator"  # says why no graph can hold a body
+DRAW_WITH_TORCH = "draw with torch, as torch.rand(()) does"
+
+
+@contextmanager
+def noting_apart() -> Iterator[list[bool]]:
+    """Notes at its end whether the block drew from Python's or NumPy's global generator, and puts them back.
+
+    A graph would have what was drawn in its capture as a constant. Draws of another thread are taken for the block's.
+    """
+    numpy: Any = sys.modules.get("numpy.random")
+    before, numpy_before = random.getstate(), () if numpy is None else numpy.get_state()
+    drew: list[bool] = []
+    try:
+        yield drew
+    finally:
+        if random.getstate() != before:
+            random.setstate(before)
+            drew.append(True)
+        if numpy is not None and not _same_state(numpy.get_state(), numpy_before):
+            numpy.set_state(numpy_before)
+            drew.append(True)
+
+
+def _same_state(some: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether states of NumPy's generator are equal: the second entry is an array, the third where it stands there."""
+    return some[2:] == other[2:] and bool((some[1] == other[1]).all())
 
 
 def node_draws(node: torch.fx.Node) -> bool:

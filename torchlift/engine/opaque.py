@@ -23,6 +23,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.compiled import ON_VALUES
+from torchlift.engine.draws import DRAWS_APART
 from torchlift.engine.handles import Options, Row, prepare
 from torchlift.engine.kept import KEEPS
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, plain_run
@@ -169,8 +170,8 @@ def _in_graph(
         _outputs[site] = ON_CARRY
         return []
     except CaptureError as error:
-        # What is unrolled here runs on fakes, too, which would be kept: NOTE [Kept tensors].
-        if enrolled or any(why in str(error) for why in (ON_VALUES, KEEPS)):
+        # What is unrolled here is a capture, too, in which fakes would be kept and numbers drawn once for all calls.
+        if enrolled or any(why in str(error) for why in (ON_VALUES, KEEPS, DRAWS_APART)):
             _outputs[site] = ON_VALUES
             return []
         if key not in _warned:
