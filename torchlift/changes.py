@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -89,17 +90,22 @@ class Changeable(Collected):
         return allowed
 
     @property
-    def unseen(self) -> tuple[bool, list[int]]:
-        """Whether buffers may be written uncounted, and the parameters that may be written in place."""
+    def unseen(self) -> tuple[bool, list[int], bool]:
+        """Whether buffers may be written uncounted, what parameters may be written in place, and whether it seeds."""
         code = code_of(self.fn)
         known = None if self.memory is None else self.memory.keys.get(_UNSEEN)
         if known is not None and known[0] == code and all(cls.forward is forward for cls, forward in known[1].items()):
             return known[2]
         modules = [node.module for node in self.nodes]
-        uncounted, into_all, into = unseen_writes(self.fn, modules)
-        writers = [at for at, module in enumerate(modules) if into_all or type(module) in into or renormalises(module)]
+        uncounted, into_all, into, seeds = unseen_writes(self.fn, modules)
+        writers = [
+            at
+            for at, module in enumerate(modules)
+            if into_all or weakref.ref(type(module)) in into or renormalises(module)
+        ]
         places = [place for at in self._beneath(writers) for place in self.nodes[at].tensors]
-        found = uncounted, list(dict.fromkeys(index for store, _, index in places if store == "_parameters"))
+        written = list(dict.fromkeys(index for store, _, index in places if store == "_parameters"))
+        found = uncounted, written, seeds
         if self.memory is not None:
             self.memory.keys[_UNSEEN] = (code, {type(module): type(module).forward for module in modules}, found)
         return found

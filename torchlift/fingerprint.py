@@ -57,7 +57,15 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     """The key of a packed call: its function, its modules, how its arguments are built, and where its tensors go.
 
     ``skip`` names plain attributes that are not part of it.
+
+    Raises:
+        UnsupportedError: the body is one that no key tells.
     """
+    if packed.unseen[2]:
+        raise UnsupportedError(
+            "the body seeds a generator, or sets its state, which a graph does not repeat; draw with "
+            "generator=torchlift.make_rng(name), or before the loop"
+        )
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
     contents = tuple([of_class(cls) for cls in classes if not is_library(cls.__module__)])
