@@ -32,6 +32,7 @@ KEEPS = "keeps a tensor that it made"  # says why a body was not captured
 _DEPTH = 6  # of tuples in one another that hold a tensor
 _MOST = 512  # requests remembered
 _LRU = type(functools.lru_cache(lambda: None))
+_CONTAINERS = (dict, list, set, collections.deque)
 _NO_HOLDERS = (types.FrameType, types.GeneratorType, torch.Tensor, weakref.ref)
 
 _failed: OrderedDict[Hashable, None] = OrderedDict()  # requests whose body kept a tensor
@@ -89,60 +90,62 @@ def _take_out(inner: list[Any]) -> str | None:
         wanted = {id(value) for value in inner}
         holders = [h for h in gc.get_referrers(*inner) if id(h) not in known and not isinstance(h, _NO_HOLDERS)]
         outer: list[Any] = []
-        known |= {id(holders), id(outer), *map(id, holders)}
+        containers = [holder for holder in holders if isinstance(holder, _CONTAINERS)]
+        owners = gc.get_referrers(*containers) if containers else []  # once for all: it looks at every object there is
+        known |= {id(holders), id(outer), id(containers), id(owners), *map(id, holders)}
         for holder in holders:
             if isinstance(holder, (tuple, frozenset, types.MethodType, functools.partial)):
                 outer.append(holder)
                 continue
             with contextlib.suppress(Exception):  # whatever a class of the user's raises
-                what = _clear(holder, wanted)
+                what = _clear(holder, wanted, owners)
                 found += [] if what is None else [what]
         inner = outer
         known.add(id(inner))
     return found[0] if found else None
 
 
-def _clear(holder: Any, wanted: set[int]) -> str | None:
+def _clear(holder: Any, wanted: set[int], owners: list[Any]) -> str | None:
     """Takes what is ``wanted``, by id, out of one object that holds it, and says what that is."""
     if isinstance(holder, _LRU):
         holder.cache_clear()
         return f"the cache of {holder.__qualname__}"
     if isinstance(holder, dict):
-        return _clear_dict(holder, wanted)
+        return _clear_dict(holder, wanted, owners)
     if isinstance(holder, types.CellType):
         holder.cell_contents = None
         return "a variable of a function around it"
     if isinstance(holder, list):
         _clear_list(holder, wanted)
-        return _called(holder)
+        return _called(holder, owners)
     if isinstance(holder, collections.deque):
         left = [value for value in holder if id(value) not in wanted]
         holder.clear()
         holder.extend(left)
-        return _called(holder)
+        return _called(holder, owners)
     if isinstance(holder, set):
         holder.difference_update([value for value in holder if id(value) in wanted])
-        return _called(holder)
+        return _called(holder, owners)
     names = [name for name in _attributes(holder) if id(getattr(holder, name, None)) in wanted]
     for name in names:
         _clear_attribute(holder, name)
     return f"the attribute {names[0]} of a {type(holder).__name__}" if names else None
 
 
-def _clear_dict(holder: dict[Any, Any], wanted: set[int]) -> str:
+def _clear_dict(holder: dict[Any, Any], wanted: set[int], owners: list[Any]) -> str:
     keys = [key for key, value in holder.items() if id(value) in wanted or id(key) in wanted]
     if "__name__" in holder and "__builtins__" in holder:
         for key in keys:
             holder[key] = None
         return f"the global {keys[0]} of {holder['__name__']}"
-    for owner in gc.get_referrers(holder):
+    for owner in owners:
         # That of a class cannot be had but by asking the class what it refers to.
         of_class = isinstance(owner, type) and any(inner is holder for inner in gc.get_referents(owner))
         if of_class or (not isinstance(owner, _NO_HOLDERS) and getattr(owner, "__dict__", None) is holder):
             for key in keys:
                 _clear_attribute(owner, key)
             return f"the attribute {keys[0]} of a {owner.__name__ if of_class else type(owner).__name__}"
-    what = _called(holder)
+    what = _called(holder, owners)
     for key in keys:
         del holder[key]
     return what
@@ -170,10 +173,10 @@ def _clear_attribute(owner: Any, name: str) -> None:
         object.__delattr__(owner, name)
 
 
-def _called(holder: Any) -> str:
+def _called(holder: Any, owners: list[Any]) -> str:
     """What a container is called, if a global or an attribute is it."""
     kind = f"a {type(holder).__name__}"
-    for owner in gc.get_referrers(holder):
-        if isinstance(owner, dict) and "__name__" in owner and "__builtins__" in owner:
-            return next((f"{kind}, {key} of {owner['__name__']}" for key in owner if owner[key] is holder), kind)
-    return kind
+    spaces = [owner for owner in owners if isinstance(owner, dict) and "__name__" in owner and "__builtins__" in owner]
+    names = (f"{key} of {space['__name__']}" for space in spaces for key in list(space) if space[key] is holder)
+    name = next(names, None)
+    return kind if name is None else f"{kind}, {name}"
