@@ -435,31 +435,3 @@ def _functions_in(value: Any, depth: int = 3) -> list[types.FunctionType]:
     fn = function_in(value)
     found = [] if fn is None else [fn]
     return found + [fn for item in _inside(value) for fn in _functions_in(item, depth - 1)] if depth else found
-
-
-# Settings ------------------------------------------------------------------------------------------------------------
-
-
-def other_setting(first: nn.Module, module: nn.Module) -> str | None:
-    """The class, or the plain attribute, in which ``module`` differs from ``first``, both of equal structure."""
-    others = dict(module.named_modules(remove_duplicate=False))
-    for path, expected in first.named_modules(remove_duplicate=False):
-        other = others.get(path)
-        if other is None or class_of(other) is not class_of(expected):
-            return f"{path!r} is a {type(other).__name__}, expected a {type(expected).__name__}"
-        for key, value in expected.__dict__.items():
-            got = other.__dict__.get(key)
-            if key not in INTERNALS and _is_setting(value) and _is_setting(got) and _content(got) != _content(value):
-                return f"{f'{path}.{key}' if path else key!r} is {got!r}, expected {value!r}"
-    return None
-
-
-def _is_setting(value: Any) -> bool:
-    """Whether the content of a plain attribute can be compared: of a number, a name, a function."""
-    if isinstance(value, (tuple, list)):
-        return all(_is_setting(item) for item in value)
-    return type(value) in ATOMS or isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
-
-
-def _content(value: Any) -> Any:
-    return [_content(item) for item in value] if isinstance(value, (tuple, list)) else getattr(value, "__code__", value)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchlift import fingerprint, metadata, references
+from torchlift import metadata, references
 from torchlift.collecting import idle_in_bodies
 from torchlift.errors import (
     AxisError,
@@ -20,6 +21,7 @@ from torchlift.errors import (
     UnsupportedError,
 )
 from torchlift.groups import Groups
+from torchlift.nodes import ATOMS, INTERNALS
 from torchlift.variables import AT, WRAPPED, UninitializedTensor, class_of, collection_of, own_tensors
 
 PENDING = "_torchlift_pending"  # in the __dict__ of a stack whose size is not known yet: the constructor's arguments
@@ -82,9 +84,43 @@ def fill(stack: nn.Module, modules: Iterator[nn.Module], sizes: tuple[int, ...],
     for index in range(1, math.prod(sizes)):
         module = next(modules)
         _copy_in(slots, module, index, sizes, how)
-        if (other := fingerprint.other_setting(first, module)) is not None:
+        if (other := _other_setting(first, module)) is not None:
             raise LayerMismatchError(f"{how.label}: module {index}: {other} as in module 0: a stack has one for all")
         del module
+
+
+def _other_setting(first: nn.Module, module: nn.Module) -> str | None:
+    """The class, or the plain attribute, in which ``module`` differs from ``first``, both of equal structure."""
+    others = dict(module.named_modules(remove_duplicate=False))
+    for path, expected in first.named_modules(remove_duplicate=False):
+        other = others.get(path)
+        if other is None or class_of(other) is not class_of(expected):
+            return f"{path!r} is a {type(other).__name__}, expected a {type(expected).__name__}"
+        for key, value in expected.__dict__.items():
+            got = other.__dict__.get(key)
+            if (
+                key not in INTERNALS
+                and _is_setting(value)
+                and _is_setting(got)
+                and _code_or_value(got) != _code_or_value(value)
+            ):
+                return f"{f'{path}.{key}' if path else key!r} is {got!r}, expected {value!r}"
+    return None
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether the content of a plain attribute can be compared: of a number, a name, a function."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_setting(item) for item in value)
+    return type(value) in ATOMS or isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
+
+
+def _code_or_value(value: Any) -> Any:
+    return (
+        [_code_or_value(item) for item in value]
+        if isinstance(value, (tuple, list))
+        else getattr(value, "__code__", value)
+    )
 
 
 def listed(label: str, modules: Any) -> list[nn.Module]:
