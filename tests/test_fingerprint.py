@@ -1,5 +1,6 @@
 """Content keys: equal for equal bodies, and different for bodies that differ in anything that is not a tensor."""
 
+import collections
 import dataclasses
 import functools
 import gc
@@ -136,6 +137,46 @@ def test_arguments_and_attributes_without_a_hash(loop, values):
     of = fingerprint.of_value
     assert of(slice(0, 2)) == of(slice(0, 2)) != of(slice(0, 3)) != of(slice(0, True))
     assert hash(of([slice(0, 2)])) == hash(of([slice(0, 2)]))
+
+
+class Items(list):
+    pass
+
+
+class Table(dict):
+    pass
+
+
+class Names(set):
+    pass
+
+
+class Keeps(nn.Module):
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x):
+        kept = self.kept
+        return x * (kept.default_factory() if isinstance(kept, collections.defaultdict) else kept.by)
+
+
+def with_by(kept, by):
+    kept.by = by
+    return kept
+
+
+@pytest.mark.parametrize("kind", [Items, Table, Names, collections.defaultdict], ids=lambda kind: kind.__name__)
+def test_what_a_container_has_besides_its_items_counts(kind):
+    make = lambda by: kind(lambda: by) if kind is collections.defaultdict else with_by(kind(), by)
+    with pytest.raises(LayerMismatchError, match="layer 1: kept"):
+        scan_layers([Keeps(make(2.0)), Keeps(make(3.0))])
+    layers, x = [Keeps(make(2.0)), Keeps(make(2.0))], torch.rand(3)
+    run = scan_layers(layers, compile=AOT)
+    torch.testing.assert_close(run(x), x * 4)
+    for layer in layers:
+        layer.kept = make(3.0)
+    torch.testing.assert_close(run(x), x * 9)
 
 
 # How arguments are built -----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from torchlift.variables import Variable, class_of
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
 _TOLD = (*ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+_BARE = frozenset((list, tuple, dict, set, frozenset))
 _DEPTH = 64  # values in one another
 _DEEP = 8  # of objects in one another that a name leads to
 _CONTENT = "content"
@@ -211,6 +212,17 @@ class _Reader:
     def all(self, values: Iterable[Any]) -> tuple[Hashable, ...]:
         return tuple([self.read(value) for value in values])
 
+    def _beside(self, value: Any, kind: type) -> tuple[Hashable, ...]:
+        """What an instance of a subclass of list, dict or set has besides its items."""
+        if kind in _BARE:
+            return ()
+        known = value if isinstance(value, Mapping) else {}  # a model output has its items as attributes too
+        fields = {name: field for name, field in getattr(value, "__dict__", {}).items() if name not in known}
+        self.objects += 1
+        content = self.all((*fields.values(), getattr(value, "default_factory", None)))
+        self.objects -= 1
+        return (tuple(fields), content)
+
     def _content(self, value: Any, kind: type) -> Hashable:
         if isinstance(getattr(value, "__self__", value), _GENERATORS) and not _is_global(value):
             raise UnsupportedError(
@@ -218,11 +230,11 @@ class _Reader:
                 "torch, as torch.rand(()) does"
             )
         if isinstance(value, (list, tuple)):
-            return (kind, self.all(value))
+            return (kind, self.all(value), *self._beside(value, kind))
         if isinstance(value, Mapping):
-            return (kind, self.all(value), self.all(value.values()))
+            return (kind, self.all(value), self.all(value.values()), *self._beside(value, kind))
         if isinstance(value, (set, frozenset)):
-            return (kind, frozenset(self.all(value)))
+            return (kind, frozenset(self.all(value)), *self._beside(value, kind))
         if isinstance(value, functools.partial):
             return ("partial", self.all((value.func, value.args, value.keywords)))
         if isinstance(value, weakref.ref):  # torch's recurrent layers have some to their weights
