@@ -179,6 +179,27 @@ def test_what_a_container_has_besides_its_items_counts(kind):
     torch.testing.assert_close(run(x), x * 9)
 
 
+class Child(nn.Module):
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def forward(self, x):
+        return x * self.parent().scale
+
+
+def test_what_a_layer_reads_of_a_module_that_it_refers_to_weakly_is_seen_to_change():
+    parent, other = nn.Module(), nn.Module()
+    parent.scale, parent.unread, other.scale = 2.0, 1.0, 3.0
+    with pytest.raises(LayerMismatchError, match="layer 1: parent"):
+        scan_layers([Child(parent), Child(other)])
+    run, x = scan_layers([Child(parent), Child(parent)], compile=AOT), torch.rand(3)
+    for parent.scale, parent.unread in ((2.0, 1), (3.0, 2), (2.0, 3)):
+        torch.testing.assert_close(run(x), x * parent.scale**2)
+        assert last_report().path == "compiled"
+    assert last_report().compilations == 1  # 2.0 again, whatever else the parent has
+
+
 # How arguments are built -----------------------------------------------------------------------------------------------
 
 

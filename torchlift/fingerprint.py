@@ -107,7 +107,7 @@ def has_key(packed: Packed, key: tuple[Hashable, ...], skip: Sequence[str]) -> b
 def of_module(module: nn.Module) -> dict[str, Hashable]:
     """The plain attributes of one module by name, without those that hold tensors or modules."""
     return {
-        key: _of_atom(value) if type(value) in SCALARS else of_value(value)
+        key: _of_atom(value) if type(value) in SCALARS else _Reader(module).read(value)
         for key, value in module.__dict__.items()
         if key not in INTERNALS and not isinstance(value, (Tensor, nn.Module))
     }
@@ -177,7 +177,8 @@ def of_value(value: Any) -> Hashable:
 class _Reader:
     """Reads a value once, however often it occurs in what is read, and whatever refers back to itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: nn.Module | None = None):
+        self.owner = owner  # whose attribute it is
         self.known: dict[int, tuple[Any, Hashable]] = {}  # with the values, whose ids are taken while they live
         self.path: dict[int, int] = {}  # what is being read, outermost first
         self.objects = 0  # how many of those are objects with fields
@@ -238,7 +239,13 @@ class _Reader:
         if isinstance(value, functools.partial):
             return ("partial", self.all((value.func, value.args, value.keywords)))
         if isinstance(value, weakref.ref):  # torch's recurrent layers have some to their weights
-            return ("weak", self.read(value()))
+            target = value()
+            read = (
+                _plain_of([target], _names_of(self.owner))
+                if self.owner is not None and isinstance(target, nn.Module)
+                else []
+            )
+            return ("weak", self.read(target), *read)
         if isinstance(value, types.MethodType):
             return ("method", self.all((value.__func__, value.__self__)))
         if isinstance(value, types.FunctionType):
@@ -285,7 +292,17 @@ def _of_modules_in(fn: types.FunctionType) -> list[Hashable]:
     """
     names = names_in(fn.__code__)
     known = [*map(in_cell, fn.__closure__ or ()), *(fn.__defaults__ or ()), *map(fn.__globals__.get, names)]
-    todo = [value for value in known if isinstance(value, nn.Module)]
+    return _plain_of([value for value in known if isinstance(value, nn.Module)], names)
+
+
+def _names_of(module: nn.Module) -> list[str]:
+    """The names in the methods of a module."""
+    own = [value for base in type(module).__mro__ if not is_library(base.__module__) for value in vars(base).values()]
+    return list(dict.fromkeys(name for fn in map(function_in, own) if fn is not None for name in names_in(fn.__code__)))
+
+
+def _plain_of(todo: list[nn.Module], names: Sequence[str]) -> list[Hashable]:
+    """The plain attributes of these names that modules have, and the submodules that have such a name."""
     found: list[Hashable] = []
     for module in todo:  # which grows
         own = {name: module.__dict__[name] for name in names if name in module.__dict__}
