@@ -25,7 +25,7 @@ ROWS = [
     ["engine/*"],
     ["variables.py", "rng.py"],
     ["groups.py", "nodes.py", "misspelt.py"],
-    ["references.py"],
+    ["references.py", "given.py"],
     ["code.py", "digests.py"],
     ["collecting.py", "unseen.py"],
     ["containers.py"],

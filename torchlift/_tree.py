@@ -43,6 +43,11 @@ _LEAF = Spec(pytree.tree_structure(0), (None,))
 _ROWS = {(row, n): Spec(pytree.tree_structure(row([0] * n)), (None,) * n) for row in (tuple, list) for n in range(9)}
 
 
+def is_positional(spec: Spec) -> bool:
+    """Whether a spec is that of ``(args, kwargs)`` with tensors for args, and no kwargs."""
+    return spec is _POSITIONAL
+
+
 def is_node(x: Any) -> bool:
     """Whether ``x`` is a dataclass instance that torch's pytrees take for a leaf."""
     if x is None or isinstance(x, type):  # torch 2.11: Dynamo cannot ask the class of None for what a dataclass has

@@ -70,7 +70,7 @@ def apply(
     with seed_rngs(**rngs) if rngs else nullcontext():
         packed = Packed(_method(module, method), module, args, kwargs, label)
         packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
-        packed.isolated = True
+        packed.isolated, packed.fills = True, not _compat.is_compiling()
         if mutable is not False:
             packed.context = {**packed.context, "captures": (*context.captures, Capture(mutable))}
         tensors = _overridden(packed, variables)
@@ -80,6 +80,7 @@ def apply(
             if not _compat.is_compiling():  # Dynamo has no notes
                 _note_shapes(error, packed, tensors)
             raise
+    packed.hand_over(packed.filled)
     for site, value in zip(update.meta.sites, update.sown, strict=True):
         sow_at(packed.module_at(site.root, site.path), site, value)  # for captures around this call
     if mutable is False:

@@ -22,6 +22,7 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
+from torchlift.given import FilledError, Given
 from torchlift.nodes import SCALARS, STORES, Node
 from torchlift.unseen import can_compare, code_of, renormalises, same_values, unseen_writes
 from torchlift.variables import ATTRIBUTE, COLLECTIONS, Site, collection_of
@@ -63,6 +64,13 @@ class Changeable(Collected):
     fn: Callable[..., Any]
     hidden: frozenset[int] = frozenset()  # the entries that a body does not see
     isolated = False  # whether parameters that are written in place must not be the module's own
+    # Of the arguments (NOTE [Given containers]): by position those that are handed on by value, and how many come
+    # before the user's; what of a result reaches those who are given the arguments; whether changes are put there.
+    by_value: frozenset[int] = frozenset()
+    before = 0
+    handed_on: Callable[[Any], Any] = staticmethod(lambda out: out)
+    fills = False
+    filled: list[tuple[int, Any]] | None = None  # what a run put into its arguments
     _writable: list[bool] | None  # of each entry; None: not asked for yet
 
     def allow(self, writable: Callable[[str], bool], how_to: Callable[[str], str]) -> None:
@@ -278,6 +286,25 @@ class Changeable(Collected):
                     f"never in a call; declare it with torchlift.variable(self, 'state', {key!r}, init_fn)",
                     TorchliftWarning,
                 )
+
+    def _check_given(self, given: Given, out: Any, leaves: Sequence[Any]) -> None:
+        """Refuses what the body put into its arguments, or notes it for :meth:`hand_over`."""
+        changed = given.changed(None if self.fills else self.handed_on(out))
+        filled = given.contents(changed, list(leaves)) if changed and self.fills else None
+        if self.fills:
+            self.filled = filled
+        if changed and filled is None:
+            name = given.name(changed[0])
+            raise FilledError(
+                f"{self.label}: the body changed {name}, in a {type(given.found[changed[0]][0]).__name__} among its "
+                "arguments, which would be lost: a body gets containers of its own, with its own tensors; return the "
+                "new value, hand it out with sow, or keep it in a buffer of the module"
+            )
+
+    def hand_over(self, filled: list[tuple[int, Any]] | None) -> None:
+        """Puts into the caller's containers what a run has ``filled`` into those that it was given."""
+        if filled and self.fillable is not None:
+            Given(*self.fillable, self.by_value).fill(filled, self.leaves)
 
     def _check_containers(
         self, held: Sequence[tuple[int, str, Any, list[Held]]], shadows: Sequence[nn.Module],

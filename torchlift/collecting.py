@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree
 from torchlift.errors import UnsupportedError
+from torchlift.given import can_fill
 from torchlift.nodes import (
     COMPILED,
     COMPILED_CALL,
@@ -74,6 +75,9 @@ class Collected:
         self.label = label
         self.leaves, self.spec = _tree.flatten((args, kwargs))
         self.tensor_leaves = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        # The arguments, if there is something in them that a body could put something into.
+        fillable = not _tree.is_positional(self.spec) and any(map(can_fill, (*args, *kwargs.values())))
+        self.fillable = (args, kwargs) if fillable else None
         self._collect(module)
 
     def _collect(self, module: nn.Module) -> None:

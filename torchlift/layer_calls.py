@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,9 @@ def carried_by(out: Any, spec: _tree.Spec) -> Any:
     return out[0] if isinstance(out, tuple) and out and _tree.flatten(out)[1] != spec else out
 
 
+_filling: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str]] = weakref.WeakKeyDictionary()
+
+
 class LayersCall:
     """One call of the layers."""
 
@@ -30,6 +34,7 @@ class LayersCall:
         self.layers, self.x, self.args, self.kwargs = layers, x, args, kwargs
         first = Packed(call_layer, layers[0], (x, *args), kwargs, layers.label)
         first.allow(lambda collection: True, str)
+        first.handed_on = lambda out: carried_by(out, self.carry_spec)
         self.packed = [first, *(first.beside(layer) for layer in list(layers)[1:])]
         self.carry, self.carry_spec = _tree.flatten(x)
         self.remat = layers.options()["remat"]
@@ -42,6 +47,8 @@ class LayersCall:
             return "compile=False", False
         if not _compat.is_compiling() and self.has_hooks:  # Dynamo is slow at it: there, _register looks for them
             return "a layer has hooks", False
+        if not _compat.is_compiling() and len(_filling) and (told := _filling.get(self.layers, {}).get(self.way())):
+            return told, True
         if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
             return "layers share a buffer", False
         if len({len(packed.nodes) for packed in self.packed}) > 1:
@@ -49,6 +56,15 @@ class LayersCall:
         if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
             return "some layers are in training mode and some are not", False
         return fingerprint.opaque(self.packed[0].leaves), True
+
+    def learn(self, told: str) -> None:
+        """Remembers that layers that are called this way put something into containers, and what was said of it."""
+        _filling.setdefault(self.layers, {})[self.way()] = told
+
+    def way(self) -> Hashable:
+        """How the layers are called: a layer may fill what it is given in training alone, or where it is given it."""
+        first = self.packed[0]
+        return first.nodes[0].module.training, first.fillable is not None
 
     @property
     def has_hooks(self) -> bool:

@@ -27,6 +27,7 @@ from torchlift.errors import (
     TransformedMethodReturnValueError,
 )
 from torchlift.filters import matches
+from torchlift.given import Given
 from torchlift.named_axes import around
 from torchlift.nodes import STORES, same
 from torchlift.variables import (
@@ -165,10 +166,10 @@ class Packed(Changeable):
             with _compat.normal_tensors():
                 plain = not compiling and not _compat.functorch_active()
                 for index in copied:
-                    given = bound[index]
+                    real = bound[index]
                     # Contiguous: batch_norm's vmap rule loses what it writes where the batch axis is not in front.
-                    easy = plain and given.is_contiguous()  # said without its name, which takes as long as to clone
-                    bound[index] = given.clone() if easy else given.clone(memory_format=torch.contiguous_format)
+                    easy = plain and real.is_contiguous()  # said without its name, which takes as long as to clone
+                    bound[index] = real.clone() if easy else real.clone(memory_format=torch.contiguous_format)
         # Elsewhere what is written into a parameter is in the real one, or no graph can hold it.
         watched = range(len(bound)) if not compiling and (self.isolated or _compat.is_tracing()) else self.buffers
         versions = _compat.versions([bound[index] for index in watched])
@@ -176,6 +177,7 @@ class Packed(Changeable):
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
         args, kwargs = self.arguments(shadows, bound, leaves)
+        given = None if self.fillable is None else Given(args, kwargs, self.by_value, self.before)
         fields = dicts = [shadow.__dict__ for shadow in shadows]
         if not compiling:
             modules = [own["_modules"] for own in fields]
@@ -203,6 +205,8 @@ class Packed(Changeable):
             raise RandomnessError(dict(self.refused)[rng.DROPOUT])
         if not isinstance(out, Tensor):
             self._check_output(out)
+        if given is not None:
+            self._check_given(given, out, leaves)
         changes: list[Change] = []
         values: list[Tensor] = []
         # In most runs nothing is assigned, which is told by a look at what all modules hold. Dynamo knows no such look.

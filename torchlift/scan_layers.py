@@ -17,7 +17,7 @@ from torchlift.engine.capture import CaptureError
 from torchlift.engine.compiled import environment
 from torchlift.engine.handles import Row
 from torchlift.engine.loop import Body
-from torchlift.engine.opaque import ON_CARRY, opaque_run
+from torchlift.engine.opaque import ON_CARRY, ON_WRITES, opaque_run
 from torchlift.engine.roster import Enrolled
 from torchlift.engine.run import Report, record, run
 from torchlift.engine.spans import iteration
@@ -30,6 +30,7 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
+from torchlift.given import FilledError
 from torchlift.layer_calls import LayersCall, call_layer, carried_by
 from torchlift.scanned import Scanned, scanned_places
 from torchlift.stacking import check_initialised, listed, located
@@ -218,6 +219,8 @@ class _Call(LayersCall):
                     key, consts, self.carry, xs, len(xs), compile=layers.compile_options,
                     names=traced_names(*[packed.roots for packed in self.packed]), **options,
                 )  # fmt: skip
+                if not found and carry == ON_WRITES and self.remat is None:
+                    return (self.plain(),)
                 if not found:
                     return self.first_apart() if carry == ON_CARRY and not carried and len(layers) > 1 else None
             else:
@@ -252,8 +255,12 @@ class _Call(LayersCall):
             if isinstance(error, CarryError) and not carried and len(layers) > 1:
                 _changing.setdefault(layers, set()).add(self.surroundings())
                 return self.first_apart()
-            if len(layers) > 1 or not isinstance(error, CarryError):  # with one layer nothing is lost
+            filled = isinstance(error, FilledError)
+            # With one layer nothing is lost, nor where all that was asked for is a plain loop.
+            if not (filled and layers.compile_options is False or isinstance(error, CarryError) and len(layers) == 1):
                 warn(f"{layers.label} runs layer by layer: {error}", TorchliftCompileWarning)
+            if filled:
+                self.learn(str(error))
             record(Report(layers.label, "plain", str(error)))
             return (self.plain(),)
         ys: list[Any] = [(*y[:3], static_of(y[3])) for y in found]

@@ -31,13 +31,13 @@ from torchlift.engine.operators import OpaqueLoop, forward, laid_out
 from torchlift.engine.roster import Enrolled, roster_of
 from torchlift.engine.structure import decode, encode, mutable
 from torchlift.engine.trees import Parts, split
-from torchlift.errors import CarryError, RandomnessError, TorchliftCompileWarning, warn
+from torchlift.errors import CarryError, RandomnessError, TorchliftCompileWarning, UnsupportedError, warn
 
 _bodies: dict[str, tuple[Callable[..., Body], Any, Row | None]] = {}  # what makes a body, its remat policy, its row
 _sites = itertools.count()
 _outputs: dict[int, Any] = {}  # structure of a call's results, by call site; read once, while tracing
 _warned: set[str] = set()
-ON_CARRY = "carry"
+ON_CARRY, ON_WRITES = "carry", "writes"
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -90,8 +90,8 @@ def opaque_run(
 
     If xs are enrolled, ys come as a list of one tree, of stacks. There y is a pair: what else there is, and a dict of
     the new state, by the number of a column of the xs. There are none, and no carry but a word on why, where the body
-    cannot be compiled and xs are enrolled, where no graph at all can hold it (``ON_VALUES``), or where the carry of
-    layers comes out as something else (``ON_CARRY``).
+    cannot be compiled and xs are enrolled, where no graph at all can hold it (``ON_VALUES``), where the carry of
+    layers comes out as something else (``ON_CARRY``), or where they must be called one by one (``ON_WRITES``).
     """
     site = _new_site()
     length = operator.index(length)  # where Dynamo made sizes symbolic: one loop is of one number of iterations
@@ -169,14 +169,19 @@ def _in_graph(
             raise
         _outputs[site] = ON_CARRY
         return []
+    except UnsupportedError as error:
+        if stacked:
+            raise
+        if not enrolled:
+            _warn_once(key, f"{body.name} runs layer by layer: {error}")
+        _outputs[site] = ON_WRITES
+        return []
     except CaptureError as error:
         # What is unrolled here is a capture, too, in which fakes would be kept and numbers drawn once for all calls.
         if enrolled or any(why in str(error) for why in (ON_VALUES, KEEPS, DRAWS_APART)):
             _outputs[site] = ON_VALUES
             return []
-        if key not in _warned:
-            _warned.add(key)
-            warn(f"{body.name} is unrolled into the surrounding graph: {error}", TorchliftCompileWarning)
+        _warn_once(key, f"{body.name} is unrolled into the surrounding graph: {error}")
         settings.pop("unroll")
         out = plain_run(body, consts, carry, Stacked(xs) if stacked else xs, length, **settings)
         return _publish(site, *out)
@@ -198,6 +203,12 @@ def _in_graph(
         return _publish(site, carry, [y.fill(stacks)])
     rows = zip(*(s.unbind(0) for s in stacks)) if stacks else [()] * length
     return _publish(site, carry, [y.fill(row) for row in rows])
+
+
+def _warn_once(key: str, message: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warn(message, TorchliftCompileWarning)
 
 
 def _stack(*leaves: Any) -> Any:

@@ -66,6 +66,7 @@ class _Choice:
             return functions[number](mdl, *operands)
 
         self.packed = packed = Packed(branch, mdl, (0, *operands), {}, label)
+        packed.before = 1  # the number
         packed.allow(lambda c: matches(variables, c), lambda c: f"add {c!r} to variables=")
         packed.refuse(
             [stream for stream in (rng.DROPOUT, *rng.positions()) if not matches(rngs, stream)],
@@ -75,8 +76,10 @@ class _Choice:
 
     def run(self, index: int | Unseen) -> Any:
         if isinstance(index, int):
+            self.packed.fills = not _compat.is_compiling()
             out, update = self.packed.pure(self.packed.tensors, [index, *self.packed.leaves[1:]])
             self.packed.publish(update)
+            self.packed.hand_over(self.packed.filled)
             return out
         if index.rows is not None and index.values is not None:
             return self._run_rows(index.rows, index.values)

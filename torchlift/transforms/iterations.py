@@ -28,6 +28,7 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
+from torchlift.given import by_value
 from torchlift.groups import Groups, Role
 from torchlift.pack import Packed
 from torchlift.transforms.compiling import constant, settings, static_of, token
@@ -95,8 +96,8 @@ class Iterations:
         count = len(carry)
         self.xs_at = [at for at, axis in enumerate(axes) if axis is not broadcast and at >= count and axis is not None]
         self.const_at = [at for at in range(count, len(axes)) if at not in self.xs_at]
-        self.uniform = False
-        self.begin = rng.positions()
+        packed.by_value = by_value(packed.fillable, self.xs_at)
+        self.uniform, self.begin = False, rng.positions()
         self.starts: dict[int, dict[str, tuple[int, int]]] = {}
 
     # Body ------------------------------------------------------------------------------------------------------------

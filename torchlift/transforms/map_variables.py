@@ -70,8 +70,10 @@ class _Map_variables(Transform):
             [stream for stream in (rng.DROPOUT, *rng.positions()) if not matches(self.rngs, stream)],
             lambda stream: f"add {stream!r} to rngs=",
         )
+        packed.fills = not _compat.is_compiling()
         out, update = packed.pure(packed.tensors, packed.leaves)
         packed.publish(update)
+        packed.hand_over(packed.filled)
         return out
 
     def members(self, base: type[nn.Module]) -> dict[str, Any]:

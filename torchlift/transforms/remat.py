@@ -48,12 +48,16 @@ class _Remat(Transform):
         notes = objects and torch.is_grad_enabled() and not _compat.is_compiling()
         contents = Contents(objects, label) if notes else None
 
+        packed.fills = (
+            not _compat.is_compiling()
+        )  # where Dynamo traces, it lets the body of a checkpoint return no more
+
         def run(tensors: Any, leaves: Any) -> Any:
             again = is_recomputing()
             as_before = contents.again() if contents and again else nullcontext()
             with entered(streams=begin) if again else entered(), as_before:
                 out, update = packed.pure(tensors, packed.with_tensors(leaves))
-            flat, spec = _tree.flatten((out, update.changed, update.sown))
+            flat, spec = _tree.flatten((out, update.changed, update.sown, packed.filled))
             return flat, _Static(spec, update.meta)
 
         leaves = [packed.leaves[at] for at in packed.tensor_leaves]
@@ -64,8 +68,9 @@ class _Remat(Transform):
         flat, static = body(packed.snapshot(), leaves)
         if contents:
             contents.ran()
-        out, changed, sown = _tree.unflatten(flat, static.spec)
+        out, changed, sown, filled = _tree.unflatten(flat, static.spec)
         packed.publish(Update(changed, sown, static.meta))
+        packed.hand_over(filled)
         return out
 
 
@@ -94,7 +99,8 @@ def checkpoint(
     The lifted counterpart of ``jax.checkpoint`` (and of ``flax.linen.remat``), also under the name ``remat``. Unlike
     ``torch.utils.checkpoint`` it works under ``torch.func.grad``, ``vjp`` and ``vmap``, and updates batch statistics
     once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
-    An object among the arguments that the body fills, as a cache of keys and values, is found again as it was at first.
+    An object among the arguments that the body fills, as a cache of keys and values, is found again as it was at first;
+    what it puts into a list, dict or dataclass there is put into the caller's, once.
 
     Args:
         target: a module class, a ``functools.partial`` of one, a function ``(module, *args)``, or nothing, for use as

@@ -41,6 +41,7 @@ class _While:
     ):  # fmt: skip
         self.label, self.groups = label, groups
         self.test, self.body = (Packed(fn, mdl, (init,), {}, label) for fn in (cond_fn, body_fn))
+        self.test.by_value = self.body.by_value = frozenset({0})
         roles = self.body.group(groups.role)
         self.test.allow(lambda c: False, lambda c: "change it in body_fn, with carry_variables=")
         self.body.allow(lambda c: groups.role(c).writable, lambda c: f"add {c!r} to carry_variables=")
