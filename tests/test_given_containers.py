@@ -305,3 +305,56 @@ def test_what_only_the_body_can_have_is_refused():
         torchlift.remat(modules)(net, x, [])
     with pytest.raises(UnsupportedError, match=r"the body changed args\[1\], in a Registered"):
         torchlift.remat(registered)(net, x, Registered([x]))
+
+
+# Containers of a module's own -----------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.counts, self.history, self.seen = {"n": 0}, [], set()
+
+    def forward(self, x):
+        self.counts["n"] += 1
+        self.history.append(len(x))
+        self.seen.add(len(x))
+        return self.linear(x).tanh() * self.counts["n"]
+
+    @property
+    def state(self):
+        return self.counts["n"], len(self.history), len(self.seen)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("compile", [False, AOT], ids=["plain", "compiled"])
+def test_layers_that_fill_a_container_of_their_own_run_one_by_one(compile, remat):
+    layers, twins, x = [Counting() for _ in range(2)], [Counting() for _ in range(2)], torch.randn(2, 4)
+    for layer, twin in zip(layers, twins):
+        twin.load_state_dict(layer.state_dict())
+    stack = scan_layers(layers, compile=compile, remat=remat)
+    told = pytest.warns(torchlift.TorchliftCompileWarning, match="changed what is in 'counts', a dict, .* declare it")
+    for _ in range(2):
+        with told if compile else warnings.catch_warnings(action="error", category=torchlift.TorchliftWarning):
+            out = stack(x)
+        plain = in_order(twins, x)
+        same(out, plain)
+        same(gradients(out, [], layers), gradients(plain, [], twins))
+    assert [layer.state for layer in layers] == [twin.state for twin in twins] == [(2, 2, 1)] * 2
+
+
+def test_remat_counts_once():
+    layer, twin, x = Counting(), Counting(), torch.randn(2, 4)
+    twin.load_state_dict(layer.state_dict())
+    call = torchlift.remat(lambda m, x: m(x))
+    outs, plain = [call(layer, x) for _ in range(2)], [twin(x) for _ in range(2)]
+    same(gradients(outs[1], [outs[0]], [layer]), gradients(plain[1], [plain[0]], [twin]))
+    assert layer.state == twin.state == (2, 2, 1)
+
+
+def test_apply_leaves_containers_as_they_were_and_says_so():
+    layer = Counting()
+    with pytest.warns(torchlift.TorchliftWarning, match="apply.*changed what is in 'counts', a dict.* is not kept"):
+        torchlift.apply(layer, {}, torch.randn(2, 4))
+    assert layer.state == (0, 0, 0)

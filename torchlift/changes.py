@@ -64,6 +64,7 @@ class Changeable(Collected):
     fn: Callable[..., Any]
     hidden: frozenset[int] = frozenset()  # the entries that a body does not see
     isolated = False  # whether parameters that are written in place must not be the module's own
+    one_of_many = False  # whether the body runs in the name of other modules too
     # Of the arguments (NOTE [Given containers]): by position those that are handed on by value, and how many come
     # before the user's; what of a result reaches those who are given the arguments; whether changes are put there.
     by_value: frozenset[int] = frozenset()
@@ -312,6 +313,7 @@ class Changeable(Collected):
     ) -> None:  # fmt: skip
         """As for attributes; takes out of plain lists and dicts what was put into them, after an ``error`` too."""
         refused: list[tuple[Node, str, Any]] = []
+        kept: list[tuple[Node, str, Any]] = []
         for at, key, value, containers in held:
             node, fields = self.nodes[at], shadows[at].__dict__
             # One with slots was made for this run. torch's recurrent layers keep their weights in a list besides, and
@@ -324,12 +326,23 @@ class Changeable(Collected):
                 if any(all(tensor is not known for known in replaced) for tensor in tensors_in(container.added())):
                     container.restore()
                     refused.append((node, key, container.container))
+                elif (self.isolated or self.one_of_many) and not own and container.changed():
+                    container.restore()
+                    kept.append((node, key, container.container))
         if refused and error is None:
             node, key, container = refused[0]
             raise PlainAttributeError(
                 f"{self.label}: put a tensor into {node.dotted(key)!r} in the body, "
                 + outlives(type(container).__name__, key)
             )
+        if kept and error is None:
+            node, key, container = kept[0]
+            where = f"{self.label}: changed what is in {node.dotted(key)!r}, a {type(container).__name__}, in the body"
+            declare = f"declare it with torchlift.variable(self, 'state', {key!r}, init_fn)"
+            if self.one_of_many:
+                raise FilledError(f"{where}, which runs in the name of other modules with one of their own; {declare}")
+            if not _compat.is_compiling():
+                warn(f"{where}, which is not kept: apply changes nothing in a module; {declare}", TorchliftWarning)
 
 
 def outlives(kind: str, key: str) -> str:

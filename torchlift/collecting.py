@@ -134,6 +134,12 @@ class Collected:
         """Whether all that was found lies in the modules and submodules of one root."""
         return len(self.roots) == 1 and not any(node.attributes for node in self.nodes)
 
+    @property
+    def plain_containers(self) -> list[Any]:
+        """The lists, dicts and sets in plain attributes that a body shares with the modules."""
+        slots = {(at, key) for at, _ in self.containers for key, _ in self.nodes[at].attributes}
+        return [self.nodes[at].module.__dict__[key] for at, key in self.containers if (at, key) not in slots]
+
     _interesting = False  # whether any plain attribute may hold a reference
 
     def _walk(self, module: nn.Module, root: int, path: str) -> int:

@@ -2,7 +2,8 @@
 
 NOTE [Plain containers]. The shadow of a module holds the very lists and dicts of the module itself, but for those with
 tensors or modules in them, since code around the model may hold them too. So what a body puts into one outlives the
-body, and a tensor there would be a dead tracer.
+body, and a tensor there would be a dead tracer. A number is left there, as plain torch leaves it, where the body runs
+in the module's own name; not by apply, which changes nothing, nor by one layer in the name of all.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ class Held:
         if len(now) == len(self.values) and all(map(operator.is_, now, self.values)):
             return []
         return [value for value in now if all(value is not old for old in self.values)]
+
+    def changed(self) -> bool:
+        """Whether the container holds anything else than it did."""
+        if self.values is None or len(self.container) != self.size:
+            return len(self.container) != self.size
+        if isinstance(self.container, dict) and list(self.container) != self.keys:
+            return True
+        return not all(map(operator.is_, _values(self.container), self.values))
 
     def restore(self) -> None:
         """Makes the container hold what it held."""

@@ -34,6 +34,7 @@ class LayersCall:
         self.layers, self.x, self.args, self.kwargs = layers, x, args, kwargs
         first = Packed(call_layer, layers[0], (x, *args), kwargs, layers.label)
         first.allow(lambda collection: True, str)
+        first.one_of_many = True
         first.handed_on = lambda out: carried_by(out, self.carry_spec)
         self.packed = [first, *(first.beside(layer) for layer in list(layers)[1:])]
         self.carry, self.carry_spec = _tree.flatten(x)

@@ -45,8 +45,9 @@ class _Remat(Transform):
         )
 
         objects = fingerprint.opaques(packed.leaves)
-        notes = objects and torch.is_grad_enabled() and not _compat.is_compiling()
-        contents = Contents(objects, label) if notes else None
+        own = packed.plain_containers
+        notes = (objects or own) and torch.is_grad_enabled() and not _compat.is_compiling()
+        contents = Contents([*objects, *own], label) if notes else None
 
         packed.fills = (
             not _compat.is_compiling()
