@@ -1,4 +1,4 @@
-"""Digests of content keys, the same in every process that runs the same code."""
+"""Content keys that are hashed once, and their digests, the same in every process that runs the same code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from typing import Any
 from torchlift._compat import pytree
 from torchlift.errors import UnsupportedError
 from torchlift.nodes import ATOMS
+
+
+class Key(tuple[Hashable, ...]):
+    """A large key, which is hashed once."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return tuple.__hash__(self)
 
 
 def digest(key: Hashable, by_address: bool = True) -> str:

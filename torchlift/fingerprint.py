@@ -14,7 +14,6 @@ import contextlib
 import contextvars
 import enum
 import functools
-import random
 import types
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -25,33 +24,23 @@ from torch import Tensor, nn
 
 from torchlift import _tree
 from torchlift.code import function_in, in_closure, is_library, names_in, spaces_of
+from torchlift.digests import Key
 from torchlift.digests import digest as digest  # part of what this module offers
 from torchlift.errors import UnsupportedError
 from torchlift.nodes import ATOMS, COMPILED, INTERNALS, LONG, SCALARS, Node
 from torchlift.pack import Packed
 from torchlift.references import in_cell
+from torchlift.rng import is_apart
 from torchlift.variables import Variable, class_of
 
 # Arguments that are told by what they are, or are inputs.
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, functools.partial)
 _TOLD = (*ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _BARE = frozenset((list, tuple, dict, set, frozenset))
 _DEPTH = 64  # values in one another
 _DEEP = 8  # of objects in one another that a name leads to
 _CONTENT = "content"
 _MOST = 10_000  # of one value: what is read at each call must be small
-
-
-class Key(tuple[Hashable, ...]):
-    """A large key, which is hashed once."""
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return tuple.__hash__(self)
 
 
 def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
@@ -225,7 +214,7 @@ class _Reader:
         return (tuple(fields), content)
 
     def _content(self, value: Any, kind: type) -> Hashable:
-        if isinstance(getattr(value, "__self__", value), _GENERATORS) and not _is_global(value):
+        if is_apart(value):
             raise UnsupportedError(
                 f"a plain value is, or draws from, a {kind.__name__}, whose numbers a graph would repeat; draw with "
                 "torch, as torch.rand(()) does"
@@ -269,12 +258,6 @@ class _Reader:
         except Exception:  # whatever a class of the user's raises there
             raise UnsupportedError(f"a plain value of type {kind.__name__} cannot be compared by content") from None
         return (kind, value)
-
-
-def _is_global(value: Any) -> bool:
-    """Whether it is Python's or NumPy's global generator, or a function of it: a capture notes when that draws."""
-    known = [getattr(fn, "__self__", None) for fn in (random.random, np.random.rand)]
-    return any(getattr(value, "__self__", value) is generator for generator in known)
 
 
 def _slots_of(value: Any, kind: type) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 from torchlift import _compat
@@ -20,6 +23,7 @@ from torchlift.errors import RandomnessError
 PARAMS, DROPOUT = "params", "dropout"
 
 _MASK = (1 << 64) - 1
+_APART = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
 class _NoGenerator(RandomnessError, CaptureError):
@@ -131,3 +135,13 @@ def default_states() -> States:
 def drew(since: States) -> bool:
     """Whether anything was drawn from the default generators since ``since`` (1.6 us on a CPU)."""
     return any(not torch.equal(a, b) for (_, a), (_, b) in zip(since, default_states()))
+
+
+def is_apart(value: Any) -> bool:
+    """Whether a value is a generator of Python's or NumPy's, or a function of one; not the global ones.
+
+    Those may stand anywhere: a capture notes when they are drawn from.
+    """
+    generator = getattr(value, "__self__", value)
+    known = [getattr(fn, "__self__", None) for fn in (random.random, np.random.rand)]
+    return isinstance(generator, _APART) and all(generator is not other for other in known)

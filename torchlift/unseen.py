@@ -51,6 +51,7 @@ def code_of(fn: Any) -> Hashable:
     return (body.__code__, body.__module__, *[inner.__code__ for inner in in_closure(body)])
 
 
+@torch.compiler.disable  # a graph that is registered asks, and Dynamo then meets the weak references
 def unseen_writes(fn: Any, modules: Sequence[nn.Module]) -> Unseen:
     """What a call of ``fn`` on these modules may write unseen, by the code that names lead to."""
     own = [function for module in modules for function in _kept_functions(module)]
