@@ -104,3 +104,27 @@ def test_python_and_numpy_stand_where_they_stood():
     states = random.getstate(), np.random.get_state()[2]
     torchlift.scan(body, compile=AOT)(nn.Identity(), torch.zeros(()), torch.ones(3))
     assert last_report().path == "compiled" and states == (random.getstate(), np.random.get_state()[2])
+
+
+def test_what_was_drawn_once_beside_a_capture_does_not_make_it_plain():
+    """As by another thread, which fetches data."""
+    once = iter([random.random])
+    beside = lambda: next(once, lambda: 1.0)()
+    torchlift.scan(lambda m, c, x: (m(c), None), compile=AOT, length=2)(Drop(beside), torch.ones(2), None)
+    assert last_report().path == "compiled" and next(once, None) is None
+
+
+@pytest.mark.filterwarnings("ignore::torchlift.errors.TorchliftCompileWarning")
+def test_numpy_with_another_bit_generator():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        layers = torchlift.scan_layers([nn.Linear(2, 2) for _ in range(2)], compile=AOT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            layers(torch.ones(1, 2))
+        assert last_report().path == "compiled"
+        torchlift.scan_layers([Drop(np.random.rand) for _ in range(2)], compile=AOT)(torch.ones(2))
+        assert "NumPy's global generator" in last_report().reason
+    finally:
+        np.random.set_bit_generator(before)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import torchlift
-from torchlift.engine import forms
+from torchlift.engine import compiled, forms
 from torchlift.engine.compiled import clear_cache
 from torchlift.engine.forms import Forms, Likeness
 from torchlift.engine.run import last_report
@@ -112,3 +112,35 @@ def test_a_list_a_tuple_and_a_dict_of_tensors_are_told_apart():
     for template, tree in zip(kinds, (list, tuple, dict)):
         assert type(template.fill(tensors)) is tree
     assert split([])[1] == split([])[1] and split([])[1] != split(())[1]
+
+
+def test_forms_are_forgotten_with_the_programs():
+    layers()(torch.randn(2, 3))
+    assert compiled._last._known and compiled.plain_ones._known
+    clear_cache()
+    assert not compiled._last._known and not compiled.plain_ones._known
+
+
+class Zero(nn.Module):
+    def __init__(self, content):
+        super().__init__()
+        self.content = content
+
+    def forward(self, x):
+        return x / self.content
+
+
+def test_zeros_of_either_sign_are_told_apart():
+    layer = torchlift.scan_layers([Zero(0.0)], compile=EAGER)
+    assert layer(torch.ones(2))[0] == torch.inf
+    layer[0].content = -0.0
+    assert layer(torch.ones(2))[0] == -torch.inf
+
+
+def test_an_attribute_may_be_called_as_a_part_of_a_key():
+    both = [Zero(1.0), Zero(2.0)]
+    torchlift.scan_layers(both, compile=EAGER, scanned_attributes=["content"])(torch.ones(2))
+    for layer in both:
+        torchlift.scan_layers([layer], compile=EAGER)(torch.ones(2))
+    torchlift.scan_layers(both, compile=EAGER, scanned_attributes=["content"])(torch.ones(2))
+    assert last_report().path == "compiled"

@@ -246,3 +246,122 @@ def test_layers_that_keep_a_mask_inside_torch_compile(table):
     torch.testing.assert_close(out, nn.Sequential(*stack)(x))
     if table is by_lru:  # that of a dict is one which the loop reads, and cannot see change: a ClosureError
         torch.testing.assert_close(call(x), out)
+
+
+# What was there before -----------------------------------------------------------------------------------------------
+
+TOTALS, TOTAL, LAST = {"sum": torch.tensor(100.0)}, torch.tensor(100.0), collections.deque([1.0, 2.0], maxlen=2)
+
+
+class Rotary:
+    """A table that grows, and how long it is: a plain object, as many models have one."""
+
+    def __init__(self):
+        self.length, self.table = 0, None
+
+    def first(self, n):
+        if n > self.length:
+            self.length, self.table = n, torch.arange(float(n))
+        return self.table[:n]
+
+
+ROTARY = Rotary()
+
+
+def counted_in_a_dict(x):
+    TOTALS["sum"] = TOTALS["sum"] + x.detach().sum()
+    TOTALS["calls"] = TOTALS.get("calls", 0) + torch.ones(())
+    return x * 2
+
+
+def counted_in_a_global(x):
+    global TOTAL
+    TOTAL = TOTAL + x.detach().sum()
+    return x * 2
+
+
+def queued(x):
+    LAST.append(x.detach().sum())
+    return x * 2
+
+
+def with_a_table_that_grows(x):
+    return x + ROTARY.first(x.shape[-1])
+
+
+def depends_on_values(x):
+    TOTALS["sum"] = TOTALS["sum"] + x.detach().sum()
+    return x * 2 if x.sum() > 0 else x * 3
+
+
+def reset():
+    global TOTAL
+    TOTALS.clear()
+    TOTALS["sum"], TOTAL = torch.tensor(100.0), torch.tensor(100.0)
+    LAST.clear()
+    LAST.extend([1.0, 2.0])
+    ROTARY.__init__()
+
+
+@pytest.mark.filterwarnings("ignore::torchlift.errors.TorchliftCompileWarning")
+@pytest.mark.parametrize(
+    "body", [counted_in_a_dict, counted_in_a_global, queued, with_a_table_that_grows, depends_on_values]
+)
+def test_what_was_there_before_a_capture_is_there_after_it(body):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return body(x)
+
+    found = []
+    for compile in (False, AOT):
+        reset()
+        layers = torchlift.scan_layers([Layer() for _ in range(3)], compile=compile)
+        outs = [layers(torch.ones(*size)) for size in ((2, 3), (2, 3), (4, 3), (2, 5), (2, 3))]
+        found.append([*outs, *TOTALS.values(), TOTAL, *LAST])
+    plain, compiled_ones = found
+    assert len(plain) == len(compiled_ones)
+    for got, wanted in zip(compiled_ones, plain):
+        assert type(got) is type(wanted) and torch.equal(torch.as_tensor(got), torch.as_tensor(wanted))
+    assert ROTARY.table is None or type(ROTARY.table) is torch.Tensor
+
+
+def test_a_private_slot_lets_go_of_it():
+    class Slot:
+        __slots__ = ("__table",)
+
+        def table(self):
+            if not hasattr(self, "_Slot__table"):
+                self.__table = torch.ones(3)
+            return self.__table
+
+    slot = Slot()
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x + slot.table()
+
+    layers = torchlift.scan_layers([Layer() for _ in range(2)], compile=AOT)
+    for _ in range(2):
+        assert torch.equal(layers(torch.zeros(3)), torch.full((3,), 2.0))
+        assert type(slot.table()) is torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore::torchlift.errors.TorchliftCompileWarning")
+def test_a_body_with_a_closure_that_keeps_at_last_is_not_captured_at_each_call(monkeypatch):
+    weight, held, keeps = torch.ones(2), [], []
+
+    def body(carry, x):
+        out = carry + x * weight
+        if keeps:
+            held.append(out.detach())
+        return out, None
+
+    call = lambda: run(Body(lambda consts, c, x: body(c, x), "late", "late"), {}, torch.ones(2), [torch.ones(2)] * 2, 2)
+    call()
+    keeps.append(True)
+    call(), call()
+    probes = []
+    probe = compiled.capture.probe
+    monkeypatch.setattr(compiled.capture, "probe", lambda *args: probes.append(1) or probe(*args))
+    call()
+    assert not probes and len(held) == 6 and all(type(x) is torch.Tensor for x in held)

@@ -39,7 +39,7 @@ _TOLD = (*ATOMS, *_FUNCTIONS, enum.Enum, Tensor, nn.Module, Variable)
 _BARE = frozenset((list, tuple, dict, set, frozenset))
 _DEPTH = 64  # values in one another
 _DEEP = 8  # of objects in one another that a name leads to
-_CONTENT = "content"
+_CONTENT = object()  # beside the names of attributes
 _MOST = 10_000  # of one value: what is read at each call must be small
 
 
@@ -155,7 +155,7 @@ def opaque(leaves: Iterable[Any]) -> str | None:
 def _of_atom(value: Any) -> Hashable:
     if type(value) is slice:  # before Python 3.12 they have no hash
         return (slice, of_value((value.start, value.stop, value.step)))
-    return (type(value), value if value == value else "nan")
+    return (type(value), value if value and value == value else repr(value))
 
 
 def of_value(value: Any) -> Hashable:

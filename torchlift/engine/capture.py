@@ -18,8 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
 from torchlift.engine.draws import (
-    DRAW_WITH_TORCH,
-    DRAWS_APART,
+    WHY_NOT_APART,
     draws,
     hide_undrawn,
     node_draws,
@@ -31,6 +30,7 @@ from torchlift.engine.kept import KEEPS, Made
 from torchlift.engine.packs import pack_saved, select_rows
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
+from torchlift.engine.reached import Reached
 from torchlift.engine.remat import inline_remat
 from torchlift.engine.signature import Graphs, Signature
 from torchlift.engine.spans import Recorder
@@ -173,17 +173,19 @@ def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: b
             random=spy.random,
         )
 
-    def run() -> tuple[Probe, _Spy]:
-        spy = _Spy()
+    def run(again: bool = True) -> tuple[Probe, _Spy]:
+        spy, reached = _Spy(), Reached(fn)
         try:
             with noting_apart() as drew:
                 seen = once(spy)
         except BaseException:
-            spy.made.take_out(collect=False)  # what the error's frames hold is alive
+            spy.made.take_out(reached, collect=False)  # what the error's frames hold is alive
             raise
-        kept = spy.made.take_out()
+        kept = spy.made.take_out(reached)
+        if drew and again:  # it may have been another thread that drew
+            return run(again=False)
         if drew:
-            raise CaptureError(f"the body {DRAWS_APART}, whose numbers a graph would repeat; {DRAW_WITH_TORCH}")
+            raise CaptureError(WHY_NOT_APART)
         if kept is not None:
             raise KeptTensorError(f"the body {KEEPS}, in {kept}; make it before the loop, or register it as a buffer")
         return seen, spy

@@ -92,6 +92,7 @@ class _Family:
 _lock = threading.RLock()
 _exact: OrderedDict[Hashable, Variant | str] = OrderedDict()  # a string: why it cannot be compiled
 _last = Forms()  # programs that need nothing else, per kind of request: as _exact, which would find them, too
+plain_ones = Forms()  # what the x of the first iteration was like, by the key of the body
 _families: OrderedDict[Hashable, _Family] = OrderedDict()
 compilations: Counter[Hashable] = Counter()  # captures per body key
 _constants: OrderedDict[Hashable, set[Hashable]] = OrderedDict()  # the plain values seen, per body key
@@ -102,6 +103,7 @@ def clear_cache() -> None:
     with _lock:
         _exact.clear()
         _last.clear()
+        plain_ones.clear()
         _families.clear()
         compilations.clear()
         _constants.clear()
@@ -153,11 +155,9 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
         found = _exact.get(exact)
         if isinstance(found, str):
             raise CaptureError(found)
-        if isinstance(found, Variant):
-            closures = _closures(request, found)
-            if closures is not None:
-                return found.program, closures
         try:
+            if isinstance(found, Variant) and (seen := _closures(request, found)) is not None:
+                return found.program, seen
             with noting_nested() as nested:
                 try:
                     variant, closures = _make(request)

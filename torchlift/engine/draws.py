@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import random
 import sys
 import threading
@@ -66,32 +67,32 @@ def undone_draws(devices: tuple[torch.device, ...] = (torch.device("cpu"),)) -> 
 
 
 DRAWS_APART = "draws from Python's or NumPy's global generator"  # says why no graph can hold a body
-DRAW_WITH_TORCH = "draw with torch, as torch.rand(()) does"
+WHY_NOT_APART = f"the body {DRAWS_APART}, whose numbers a graph would repeat; draw with torch, as torch.rand(()) does"
 
 
 @contextmanager
 def noting_apart() -> Iterator[list[bool]]:
     """Notes at its end whether the block drew from Python's or NumPy's global generator, and puts them back.
 
-    A graph would have what was drawn in its capture as a constant. Draws of another thread are taken for the block's.
+    A graph would have what was drawn in its capture as a constant. Draws of another thread look like the block's, and
+    are put back as well.
     """
     numpy: Any = sys.modules.get("numpy.random")
-    before, numpy_before = random.getstate(), () if numpy is None else numpy.get_state()
-    drew: list[bool] = []
+
+    def states() -> tuple[Any, Any, bytes]:
+        of_numpy = None if numpy is None else numpy.get_state(legacy=False)  # whatever its bit generator is
+        return random.getstate(), of_numpy, pickle.dumps(of_numpy)
+
+    before, drew = states(), []  # type: tuple[Any, Any, bytes], list[bool]
     try:
         yield drew
     finally:
-        if random.getstate() != before:
-            random.setstate(before)
-            drew.append(True)
-        if numpy is not None and not _same_state(numpy.get_state(), numpy_before):
-            numpy.set_state(numpy_before)
-            drew.append(True)
-
-
-def _same_state(some: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether states of NumPy's generator are equal: the second entry is an array, the third where it stands there."""
-    return some[2:] == other[2:] and bool((some[1] == other[1]).all())
+        now = states()
+        if now[0] != before[0]:
+            random.setstate(before[0])
+        if now[2] != before[2]:
+            numpy.set_state(before[1])
+        drew += [True] if (now[0], now[2]) != (before[0], before[2]) else []
 
 
 def node_draws(node: torch.fx.Node) -> bool:

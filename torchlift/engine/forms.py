@@ -11,7 +11,7 @@ import torch
 
 from torchlift import _compat
 
-KINDS = 512  # of calls
+KINDS = 128  # of calls
 
 
 _is_nested = operator.attrgetter("is_nested")

@@ -7,9 +7,9 @@ nothing is captured, and the plain loop runs, which fills the cache with a tenso
 next call captures again, finds the cache full, and nobody is warned. A body that keeps a tensor of each run (a list of
 attention maps) will do so then as well: that is remembered, with a warning.
 
-What was there before is not known. An entry of a dict goes; so do the last ones of a list; a global, a variable of an
-enclosing function, an attribute that ``__init__`` sets and an element amid a list become None, as what is made when it
-is first needed mostly starts.
+What the body's code leads to is put back as it was, see NOTE [Reached]. Of anything else it is not known what was there
+before: an entry of a dict goes; so do the last ones of a list; an attribute and an element amid a list become None, as
+what is made when it is first needed mostly starts. A cache of functools is emptied.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ import gc
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
 from torchlift._compat import pytree
+from torchlift.engine.reached import Reached
 
 KEEPS = "keeps a tensor that it made"  # says why a body was not captured
 _DEPTH = 6  # of tuples in one another that hold a tensor
 _MOST = 512  # requests remembered
-_LRU = type(functools.lru_cache(lambda: None))
+_LRU, _SLOT = type(functools.lru_cache(lambda: None)), types.MemberDescriptorType
 _CONTAINERS = (dict, list, set, collections.deque)
 _NO_HOLDERS = (types.FrameType, types.GeneratorType, torch.Tensor, weakref.ref)
 
@@ -66,18 +67,22 @@ class Made:
         found = (ref() for ref in self.refs)
         return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
 
-    def take_out(self, collect: bool = True) -> str | None:
+    def take_out(self, reached: Reached, collect: bool = True) -> str | None:
         """Takes those out that anything in Python still holds, when the run is over, and says of what.
 
-        Mostly none is left, as nothing of the run is, and there is nothing to look for. With ``collect`` what is left
-        in cycles goes first: the youngest objects, which is fast.
+        Then what was ``reached`` is made as it was. Mostly no tensor is left, as nothing of the run is, and there is
+        nothing to look for. With ``collect`` what is left in cycles goes first: the youngest objects, which is fast.
         """
         for generation in (0, 1, 2) if collect else ():
             if not self.alive():
                 return None
             gc.collect(generation)
         tensors = self.alive()
-        return _take_out(tensors) if tensors else None
+        if not tensors:
+            return None
+        found = _take_out(tensors)
+        reached.put_back()
+        return found
 
 
 def _take_out(inner: list[Any]) -> str | None:
@@ -159,18 +164,21 @@ def _clear_list(holder: list[Any], wanted: set[int]) -> None:
 
 
 def _attributes(holder: Any) -> list[str]:
-    slots = [vars(base).get("__slots__", ()) for base in type(holder).__mro__]
-    named = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
-    return [*getattr(holder, "__dict__", ()), *named]
+    slots = [name for base in type(holder).__mro__ for name in vars(base) if type(vars(base)[name]) is _SLOT]
+    return [*getattr(holder, "__dict__", ()), *slots]
 
 
 def _clear_attribute(owner: Any, name: str) -> None:
     if isinstance(owner, type):
         setattr(owner, name, None)
-    elif name in getattr(getattr(type(owner).__init__, "__code__", None), "co_names", ()):
+    elif any(name in _names(base.__dict__.get("__init__")) for base in type(owner).__mro__):
         object.__setattr__(owner, name, None)
     else:
         object.__delattr__(owner, name)
+
+
+def _names(fn: Any) -> Sequence[str]:
+    return getattr(getattr(fn, "__code__", None), "co_names", ())
 
 
 def _called(holder: Any, owners: list[Any]) -> str:

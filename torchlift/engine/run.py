@@ -17,7 +17,7 @@ from torchlift.engine.capture import CaptureError, KeptTensorError, like_strided
 from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
-from torchlift.engine.forms import Forms, Likeness
+from torchlift.engine.forms import Likeness
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
 from torchlift.engine.nested import nested_run
@@ -189,7 +189,6 @@ def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
 
 
 _Split = tuple[list[torch.Tensor], Template]
-_plain_ones = Forms()  # what the x of the first iteration was like, by the key of the body
 
 
 @dataclass
@@ -213,13 +212,13 @@ class _Given:
         Nor is that, if it is like the one at the last call of the body with this ``key``.
         """
         first = self.xs[0][0]
-        known = _plain_ones.find(key, first)
+        known = compiled.plain_ones.find(key, first)
         reason = why_not(t for tensors, _ in (self.consts, self.carry) for t in tensors)
         if reason[0] is None and known is None:
             reason = why_not(first)
         if reason[0] is not None:
             return reason
-        form = _plain_ones.note(key, first) if known is None else known[0]
+        form = compiled.plain_ones.note(key, first) if known is None else known[0]
         self.alike = [True, *[form.fits(tensors) for tensors, _ in self.xs[1:]]]
         return why_not(t for (tensors, _), like in zip(self.xs, self.alike) if not like for t in tensors)
 

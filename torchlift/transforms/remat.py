@@ -49,9 +49,7 @@ class _Remat(Transform):
         notes = (objects or own) and torch.is_grad_enabled() and not _compat.is_compiling()
         contents = Contents([*objects, *own], label) if notes else None
 
-        packed.fills = (
-            not _compat.is_compiling()
-        )  # where Dynamo traces, it lets the body of a checkpoint return no more
+        packed.fills = not _compat.is_compiling()  # Dynamo lets the body of a checkpoint return no more than it did
 
         def run(tensors: Any, leaves: Any) -> Any:
             again = is_recomputing()
