@@ -118,7 +118,7 @@ def enclosed():
 
 WAYS = {
     "lru": (by_lru, "the cache of by_lru"),
-    "cache": (lambda n: by_cache(n)[0], "a dict"),
+    "cache": (lambda n: by_cache(n)[0], "the cache of by_cache"),
     "dict": (by_dict, "a dict, TABLES of test_kept_tensors"),
     "pair": (by_pair, "a dict, PAIRS of test_kept_tensors"),
     "place": (by_place, "a list, PLACES of test_kept_tensors"),

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from torchlift._compat import pytree
-from torchlift.engine.reached import Reached
+from torchlift.engine.reached import Reached, is_ours
 
 KEEPS = "keeps a tensor that it made"  # says why a body was not captured
 _DEPTH = 6  # of tuples in one another that hold a tensor
@@ -81,8 +81,7 @@ class Made:
         if not tensors:
             return None
         found = _take_out(tensors)
-        reached.put_back()
-        return found
+        return found if not reached.put_back() or found is not None else "what its code leads to"
 
 
 def _take_out(inner: list[Any]) -> str | None:
@@ -120,47 +119,51 @@ def _clear(holder: Any, wanted: set[int], owners: list[Any]) -> str | None:
     if isinstance(holder, types.CellType):
         holder.cell_contents = None
         return "a variable of a function around it"
-    if isinstance(holder, list):
-        _clear_list(holder, wanted)
-        return _called(holder, owners)
-    if isinstance(holder, collections.deque):
-        left = [value for value in holder if id(value) not in wanted]
-        holder.clear()
-        holder.extend(left)
-        return _called(holder, owners)
-    if isinstance(holder, set):
-        holder.difference_update([value for value in holder if id(value) in wanted])
-        return _called(holder, owners)
+    if isinstance(holder, _CONTAINERS):
+        what = _called(holder, owners)
+        if what is not None:
+            _clear_container(holder, wanted)
+        return what
+    if is_ours(type(holder).__module__):  # autograd's, say: not all of a graph on fakes is gone with the run
+        return None
     names = [name for name in _attributes(holder) if id(getattr(holder, name, None)) in wanted]
     for name in names:
         _clear_attribute(holder, name)
     return f"the attribute {names[0]} of a {type(holder).__name__}" if names else None
 
 
-def _clear_dict(holder: dict[Any, Any], wanted: set[int], owners: list[Any]) -> str:
+def _clear_dict(holder: dict[Any, Any], wanted: set[int], owners: list[Any]) -> str | None:
     keys = [key for key, value in holder.items() if id(value) in wanted or id(key) in wanted]
     if "__name__" in holder and "__builtins__" in holder:
         for key in keys:
             holder[key] = None
         return f"the global {keys[0]} of {holder['__name__']}"
     for owner in owners:
+        if isinstance(owner, _LRU) and any(inner is holder for inner in gc.get_referents(owner)):
+            return _clear(owner, wanted, owners)
         # That of a class cannot be had but by asking the class what it refers to.
         of_class = isinstance(owner, type) and any(inner is holder for inner in gc.get_referents(owner))
         if of_class or (not isinstance(owner, _NO_HOLDERS) and getattr(owner, "__dict__", None) is holder):
+            if is_ours(owner.__module__ if of_class else type(owner).__module__):
+                return None
             for key in keys:
                 _clear_attribute(owner, key)
             return f"the attribute {keys[0]} of a {owner.__name__ if of_class else type(owner).__name__}"
     what = _called(holder, owners)
-    for key in keys:
+    for key in keys if what is not None else ():
         del holder[key]
     return what
 
 
-def _clear_list(holder: list[Any], wanted: set[int]) -> None:
-    if all(value is not None for value in holder):  # else it has a place for each
-        while holder and id(holder[-1]) in wanted:
-            holder.pop()
-    holder[:] = [None if id(value) in wanted else value for value in holder]
+def _clear_container(holder: Any, wanted: set[int]) -> None:
+    if isinstance(holder, set):
+        holder.difference_update([value for value in holder if id(value) in wanted])
+        return
+    while holder and id(holder[-1]) in wanted:
+        holder.pop()
+    for at, value in enumerate(holder):
+        if id(value) in wanted:
+            holder[at] = None
 
 
 def _attributes(holder: Any) -> list[str]:
@@ -181,10 +184,9 @@ def _names(fn: Any) -> Sequence[str]:
     return getattr(getattr(fn, "__code__", None), "co_names", ())
 
 
-def _called(holder: Any, owners: list[Any]) -> str:
-    """What a container is called, if a global or an attribute is it."""
-    kind = f"a {type(holder).__name__}"
+def _called(holder: Any, owners: list[Any]) -> str | None:
+    """What a container is called, if a global is it. No other is known to be the user's: autograd has some as well."""
     spaces = [owner for owner in owners if isinstance(owner, dict) and "__name__" in owner and "__builtins__" in owner]
     names = (f"{key} of {space['__name__']}" for space in spaces for key in list(space) if space[key] is holder)
     name = next(names, None)
-    return kind if name is None else f"{kind}, {name}"
+    return None if name is None else f"a {type(holder).__name__}, {name}"

@@ -26,6 +26,11 @@ _OURS = __name__.partition(".")[0]
 _LIBRARIES = (_OURS, "torch", "numpy", "builtins", "typing", "collections", "functools", "abc", "enum", "types")
 
 
+def is_ours(module: str) -> bool:
+    """Whether objects of a module of that name are this package's or torch's."""
+    return module.partition(".")[0] in (_OURS, "torch")
+
+
 def _of_library(module: Any) -> bool:
     return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
 
@@ -35,7 +40,7 @@ class Reached:
 
     def __init__(self, root: Any):
         known: dict[int, Any] = {}
-        self._back: list[Callable[[], None]] = []
+        self._back: list[Callable[[], bool]] = []  # whether something was put back
         todo = [(root, True)]
         while todo and len(known) < _MOST:
             value, ours = todo.pop()
@@ -44,10 +49,9 @@ class Reached:
                 inside, ours = self._inside(value, ours)
                 todo += [(inner, ours) for inner in inside]
 
-    def put_back(self) -> None:
-        """Makes everything as it was."""
-        for back in self._back:
-            back()
+    def put_back(self) -> bool:
+        """Makes everything as it was, and says whether anything was not."""
+        return any([back() for back in self._back])
 
     def _inside(self, value: Any, ours: bool) -> tuple[Sequence[Any], bool]:
         """What a value leads to, and whether that is this package's or a module's own, which is left as it is.
@@ -85,12 +89,12 @@ class Reached:
         if _of_library(fn.__globals__.get("__name__")):
             return inside
         for cell, content in zip(cells, inside):
-            self._back.append(functools.partial(setattr, cell, "cell_contents", content))
+            self._back.append(functools.partial(_fill, cell, content))
         names = _names(fn.__code__)
         modules = [m for m in map(fn.__globals__.get, names) if isinstance(m, types.ModuleType)]
         for space in (fn.__globals__, *(vars(m) for m in modules if not _of_library(m.__name__))):
             held = {name: space[name] for name in names if name in space}
-            self._back.append(functools.partial(space.update, held))
+            self._back.append(functools.partial(_rebind, space, held))
             inside += held.values()
         return [*inside, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
 
@@ -111,19 +115,36 @@ class Reached:
         return list(copied.values()) if isinstance(copied, dict) else copied
 
 
-def _refill(holder: Any, items: Any) -> None:
-    """Puts the items back that a container had; others may read it, so it is touched only if it has changed."""
+# Others may read these, so they are touched only if they have changed.
+
+
+def _refill(holder: Any, items: Any) -> bool:
     now, before = (x.items() if isinstance(x, dict) else enumerate(x) for x in (holder, items))
     if len(holder) == len(items) and all(a == c and b is d for (a, b), (c, d) in zip(now, before)):
-        return
+        return False
     holder.clear()
     (holder.update if isinstance(holder, (dict, set)) else holder.extend)(items)
+    return True
 
 
-def _reset(cls: type, fields: dict[str, Any]) -> None:
-    for name, value in fields.items():
-        if vars(cls).get(name) is not value:
-            setattr(cls, name, value)
+def _rebind(space: dict[str, Any], held: dict[str, Any]) -> bool:
+    changed = {name: value for name, value in held.items() if space.get(name) is not value}
+    space.update(changed)
+    return bool(changed)
+
+
+def _reset(cls: type, fields: dict[str, Any]) -> bool:
+    changed = {name: value for name, value in fields.items() if vars(cls).get(name) is not value}
+    for name, value in changed.items():
+        setattr(cls, name, value)
+    return bool(changed)
+
+
+def _fill(cell: Any, content: Any) -> bool:
+    if _is_full(cell) and cell.cell_contents is content:
+        return False
+    cell.cell_contents = content
+    return True
 
 
 def _is_full(cell: Any) -> bool:
