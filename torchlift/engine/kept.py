@@ -117,6 +117,10 @@ def _clear(holder: Any, wanted: set[int], owners: list[Any]) -> str | None:
     if isinstance(holder, dict):
         return _clear_dict(holder, wanted, owners)
     if isinstance(holder, types.CellType):
+        closures = [owner for owner in gc.get_referrers(holder) if isinstance(owner, tuple)]
+        around = [fn for fn in gc.get_referrers(*closures) if isinstance(fn, types.FunctionType)] if closures else []
+        if all(is_ours(fn.__module__ or "") for fn in around):  # torch.func's, say, as part of a graph on fakes
+            return None
         holder.cell_contents = None
         return "a variable of a function around it"
     if isinstance(holder, _CONTAINERS):
