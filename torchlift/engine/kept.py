@@ -80,8 +80,11 @@ class Made:
         tensors = self.alive()
         if not tensors:
             return None
+        held = reached.holds(tensors)
         found = _take_out(tensors)
-        return found if not reached.put_back() or found is not None else "what its code leads to"
+        if held:
+            reached.put_back()
+        return found or ("what its code leads to" if held else None)
 
 
 def _take_out(inner: list[Any]) -> str | None:

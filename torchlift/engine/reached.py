@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from torch import nn
 
 _MOST = 5000  # values looked at
 _ITEMS = 1000  # of one container
+_CONTAINERS = (list, dict, set, collections.deque, tuple, frozenset)
+_LRU = type(functools.lru_cache(lambda: None))
+_WRAPPERS = {staticmethod, classmethod, property, functools.cached_property, _LRU}
+_OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__qualname__"}
 _TOLD = (int, float, complex, str, bytes, bool, type(None), torch.Tensor, torch.dtype, torch.device)
 _INTERNAL = frozenset(vars(nn.Module()))
 _OURS = __name__.partition(".")[0]
@@ -40,48 +44,60 @@ class Reached:
 
     def __init__(self, root: Any):
         known: dict[int, Any] = {}
-        self._back: list[Callable[[], bool]] = []  # whether something was put back
+        # For each thing that can be changed: what it holds now, and how to make it as it was.
+        self._noted: list[tuple[Callable[[], Iterable[Any]], Callable[[], None]]] = []
         todo = [(root, True)]
         while todo and len(known) < _MOST:
             value, ours = todo.pop()
-            if not isinstance(value, _TOLD) and id(value) not in known:
+            if not issubclass(type(value), _TOLD) and id(value) not in known:
                 known[id(value)] = value
                 inside, ours = self._inside(value, ours)
                 todo += [(inner, ours) for inner in inside]
 
-    def put_back(self) -> bool:
-        """Makes everything as it was, and says whether anything was not."""
-        return any([back() for back in self._back])
+    def holds(self, tensors: Sequence[Any]) -> bool:
+        """Whether any of ``tensors`` is now in something that was reached."""
+        wanted = {id(tensor) for tensor in tensors}
+        return any(_is_in(value, wanted) for values, _ in self._noted for value in list(values()))
+
+    def put_back(self) -> None:
+        """Makes everything as it was."""
+        for _, back in self._noted:
+            back()
+
+    # By classes alone: to ask an object what it is may run code of the user's, and a stand-in for an attribute that a
+    # body leaves alone would take it for the body's.
 
     def _inside(self, value: Any, ours: bool) -> tuple[Sequence[Any], bool]:
         """What a value leads to, and whether that is this package's or a module's own, which is left as it is.
 
         Where the value can be changed, how to put it back is noted.
         """
-        if isinstance(value, types.FunctionType):
+        kind = type(value)
+        if kind is types.FunctionType:
             return self._in_function(value), _of_library(value.__globals__.get("__name__"))
-        if isinstance(value, types.MethodType):
+        if kind is types.MethodType:
             return [value.__self__, value.__func__], ours
-        if isinstance(value, functools.partial):
+        if kind is functools.partial:
             return [value.func, *value.args, *value.keywords.values()], ours
-        if isinstance(value, type):
+        if issubclass(kind, type):
             return self._in_class(value), False
-        if isinstance(value, (list, dict, set, collections.deque, tuple, frozenset)):
+        if issubclass(kind, _CONTAINERS):
             return self._in_container(value, ours), ours
-        inner = [getattr(value, key, None) for key in ("__func__", "fget", "func", "__wrapped__")]
-        fields = getattr(value, "__dict__", None)
-        if not isinstance(fields, dict) or isinstance(value, types.ModuleType):
-            return [fn for fn in inner if isinstance(fn, types.FunctionType)], ours  # functools.lru_cache has one
-        if isinstance(value, nn.Module):
+        if kind in _WRAPPERS:
+            inner = [getattr(value, key, None) for key in ("__func__", "fget", "func", "__wrapped__")]
+            return [fn for fn in inner if type(fn) is types.FunctionType], ours
+        fields = _fields_of(value)
+        if issubclass(kind, nn.Module):
             own = [field for name, field in fields.items() if name not in _INTERNAL]
-            return [type(value), *fields["_modules"].values(), *own], True
-        if type(value).__module__.partition(".")[0] == _OURS:
+            return [kind, *fields["_modules"].values(), *own], True
+        if kind.__module__.partition(".")[0] == _OURS:
             # What says where things are in a module leads to nothing that the module does not.
-            return [] if type(value).__module__ == f"{_OURS}.nodes" else [*fields.values()], True
-        if _of_library(type(value).__module__):
-            return inner, ours
-        self._back.append(functools.partial(_refill, fields, dict(fields)))
-        return [type(value), *fields.values()], False
+            return [] if kind.__module__ == f"{_OURS}.nodes" else [*fields.values()], True
+        if _of_library(kind.__module__):
+            return [], ours
+        if fields:
+            self._noted.append((fields.values, functools.partial(_refill, fields, dict(fields))))
+        return [kind, *fields.values()], False
 
     def _in_function(self, fn: types.FunctionType) -> list[Any]:
         cells = [cell for cell in fn.__closure__ or () if _is_full(cell)]
@@ -89,21 +105,22 @@ class Reached:
         if _of_library(fn.__globals__.get("__name__")):
             return inside
         for cell, content in zip(cells, inside):
-            self._back.append(functools.partial(_fill, cell, content))
+            self._noted.append((functools.partial(_content_of, cell), functools.partial(_fill, cell, content)))
         names = _names(fn.__code__)
-        modules = [m for m in map(fn.__globals__.get, names) if isinstance(m, types.ModuleType)]
+        modules = [m for m in map(fn.__globals__.get, names) if type(m) is types.ModuleType]
         for space in (fn.__globals__, *(vars(m) for m in modules if not _of_library(m.__name__))):
             held = {name: space[name] for name in names if name in space}
-            self._back.append(functools.partial(_rebind, space, held))
+            values = functools.partial(map, space.get, held)
+            self._noted.append((values, functools.partial(_rebind, space, held)))
             inside += held.values()
         return [*inside, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
 
     def _in_class(self, cls: type) -> list[Any]:
         if _of_library(cls.__module__):
             return []
-        own = {name: value for name, value in vars(cls).items() if not name.startswith("__") or callable(value)}
-        fields = {name: value for name, value in own.items() if not callable(value) and not hasattr(value, "__get__")}
-        self._back.append(functools.partial(_reset, cls, fields))
+        own = {name: value for name, value in vars(cls).items() if name not in _OF_CLASSES}
+        fields = {name: value for name, value in own.items() if not hasattr(type(value), "__get__")}
+        self._noted.append((lambda: vars(cls).values(), functools.partial(_reset, cls, fields)))
         return [*cls.__bases__, *own.values()]
 
     def _in_container(self, value: Any, ours: bool) -> list[Any]:
@@ -111,40 +128,56 @@ class Reached:
             return []
         copied = dict(value) if isinstance(value, dict) else list(value)
         if not ours and not isinstance(value, (tuple, frozenset)):
-            self._back.append(functools.partial(_refill, value, copied))
+            values = value.values if isinstance(value, dict) else value.__iter__
+            self._noted.append((values, functools.partial(_refill, value, copied)))
         return list(copied.values()) if isinstance(copied, dict) else copied
+
+
+def _is_in(value: Any, wanted: set[int], depth: int = 4) -> bool:
+    """Whether a value is ``wanted``, by id, or something in it is."""
+    if id(value) in wanted:
+        return True
+    kind = type(value)
+    if depth == 0 or issubclass(kind, _TOLD) or kind.__module__.partition(".")[0] in (_OURS, "torch"):
+        return False
+    inside: Any = (
+        value if issubclass(kind, _CONTAINERS) else _fields_of(value) if not _of_library(kind.__module__) else ()
+    )
+    inside = [*inside.values()] if isinstance(inside, dict) else [*inside]
+    return len(inside) <= _ITEMS and any(_is_in(inner, wanted, depth - 1) for inner in inside)
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    return object.__getattribute__(value, "__dict__") if type(value).__dictoffset__ else {}
 
 
 # Others may read these, so they are touched only if they have changed.
 
 
-def _refill(holder: Any, items: Any) -> bool:
+def _refill(holder: Any, items: Any) -> None:
     now, before = (x.items() if isinstance(x, dict) else enumerate(x) for x in (holder, items))
-    if len(holder) == len(items) and all(a == c and b is d for (a, b), (c, d) in zip(now, before)):
-        return False
-    holder.clear()
-    (holder.update if isinstance(holder, (dict, set)) else holder.extend)(items)
-    return True
+    if len(holder) != len(items) or not all(a == c and b is d for (a, b), (c, d) in zip(now, before)):
+        holder.clear()
+        (holder.update if isinstance(holder, (dict, set)) else holder.extend)(items)
 
 
-def _rebind(space: dict[str, Any], held: dict[str, Any]) -> bool:
-    changed = {name: value for name, value in held.items() if space.get(name) is not value}
-    space.update(changed)
-    return bool(changed)
+def _rebind(space: dict[str, Any], held: dict[str, Any]) -> None:
+    space.update({name: value for name, value in held.items() if space.get(name) is not value})
 
 
-def _reset(cls: type, fields: dict[str, Any]) -> bool:
-    changed = {name: value for name, value in fields.items() if vars(cls).get(name) is not value}
-    for name, value in changed.items():
-        setattr(cls, name, value)
-    return bool(changed)
+def _reset(cls: type, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if vars(cls).get(name) is not value:
+            setattr(cls, name, value)
 
 
-def _fill(cell: Any, content: Any) -> bool:
-    if _is_full(cell) and cell.cell_contents is content:
-        return False
-    cell.cell_contents = content
-    return True
+def _fill(cell: Any, content: Any) -> None:
+    if not _is_full(cell) or cell.cell_contents is not content:
+        cell.cell_contents = content
+
+
+def _content_of(cell: Any) -> list[Any]:
+    return [cell.cell_contents] if _is_full(cell) else []
 
 
 def _is_full(cell: Any) -> bool:
