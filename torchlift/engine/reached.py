@@ -55,9 +55,18 @@ class Reached:
                 todo += [(inner, ours) for inner in inside]
 
     def holds(self, tensors: Sequence[Any]) -> bool:
-        """Whether any of ``tensors`` is now in something that was reached."""
+        """Whether any of ``tensors`` is now in something that was reached, or in what was put there."""
         wanted = {id(tensor) for tensor in tensors}
-        return any(_is_in(value, wanted) for values, _ in self._noted for value in list(values()))
+        todo = [value for values, _ in self._noted for value in list(values())]
+        known: dict[int, Any] = {}
+        while todo and len(known) < 2 * _MOST:
+            value = todo.pop()
+            if id(value) in wanted:
+                return True
+            if id(value) not in known:
+                known[id(value)] = value
+                todo += _items_of(value)
+        return False
 
     def put_back(self) -> None:
         """Makes everything as it was."""
@@ -133,18 +142,13 @@ class Reached:
         return list(copied.values()) if isinstance(copied, dict) else copied
 
 
-def _is_in(value: Any, wanted: set[int], depth: int = 4) -> bool:
-    """Whether a value is ``wanted``, by id, or something in it is."""
-    if id(value) in wanted:
-        return True
+def _items_of(value: Any) -> list[Any]:
+    """What is in a container, or in an object of a user's class."""
     kind = type(value)
-    if depth == 0 or issubclass(kind, _TOLD) or kind.__module__.partition(".")[0] in (_OURS, "torch"):
-        return False
-    inside: Any = (
-        value if issubclass(kind, _CONTAINERS) else _fields_of(value) if not _of_library(kind.__module__) else ()
-    )
-    inside = [*inside.values()] if isinstance(inside, dict) else [*inside]
-    return len(inside) <= _ITEMS and any(_is_in(inner, wanted, depth - 1) for inner in inside)
+    if issubclass(kind, _TOLD) or kind.__module__.partition(".")[0] in (_OURS, "torch"):
+        return []
+    inside: Any = value if issubclass(kind, _CONTAINERS) else {} if _of_library(kind.__module__) else _fields_of(value)
+    return [] if len(inside) > _ITEMS else [*inside.values()] if isinstance(inside, dict) else [*inside]
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
