@@ -97,6 +97,16 @@ def test_what_stays_as_it_is(off, monkeypatch):
     assert str(graph.graph) == before
 
 
+def assert_batches(fn, inputs, count):
+    """So many products of ``fn`` become batches, and all are the same to rounding."""
+    graph = torch.fx.experimental.proxy_tensor.make_fx(fn, tracing_mode="fake")(*inputs)
+    expected = graph(*inputs)
+    gemm.tune_products(graph)
+    assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == count
+    for got, wanted in zip(graph(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def few_rows(x, w, row, weights):
     return [
         aten.mm(x, w.t()), aten.mm(x, weights[:, 8:]), aten.addmm(row, x, w.t()), aten.addmm(row[:1], x, w.t()),
@@ -107,12 +117,7 @@ def few_rows(x, w, row, weights):
 def test_products_of_few_rows_are_computed_in_parts(monkeypatch):
     monkeypatch.setattr(gemm, "_ways", lambda: gemm.Ways(2**24, transposed=False, parts=True))
     inputs = [torch.randn(*size) for size in ((8, 256), (256, 256), (256,), (256, 264))]
-    graph = torch.fx.experimental.proxy_tensor.make_fx(few_rows, tracing_mode="fake")(*inputs)
-    expected = graph(*inputs)
-    gemm.tune_products(graph)
-    assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == 4
-    for got, wanted in zip(graph(*inputs), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert_batches(few_rows, inputs, 4)
 
 
 def gradients(x, w, square, flat, bias):
@@ -126,12 +131,7 @@ def gradients(x, w, square, flat, bias):
 def test_products_by_a_factor_that_lies_row_by_row_are_computed_in_halves(monkeypatch):
     monkeypatch.setattr(gemm, "_ways", lambda: gemm.Ways(math.inf, transposed=False, parts=False, halves=True))
     inputs = [torch.randn(*size) for size in ((256, 128), (128, 128), (32, 32), (512, 64), (128,))]
-    graph = torch.fx.experimental.proxy_tensor.make_fx(gradients, tracing_mode="fake")(*inputs)
-    expected = graph(*inputs)
-    gemm.tune_products(graph)
-    assert [node.target for node in graph.graph.nodes].count(aten.bmm.default) == 2
-    for got, wanted in zip(graph(*inputs), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert_batches(gradients, inputs, 2)
 
 
 @pytest.mark.slow

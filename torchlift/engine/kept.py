@@ -27,12 +27,12 @@ from typing import Any
 import torch
 
 from torchlift._compat import pytree
-from torchlift.engine.reached import Reached, is_ours
+from torchlift.engine.reached import LRU, Reached, is_ours
 
 KEEPS = "keeps a tensor that it made"  # says why a body was not captured
 _DEPTH = 6  # of tuples in one another that hold a tensor
 _MOST = 512  # requests remembered
-_LRU, _SLOT = type(functools.lru_cache(lambda: None)), types.MemberDescriptorType
+_SLOT = types.MemberDescriptorType
 _CONTAINERS = (dict, list, set, collections.deque)
 _NO_HOLDERS = (types.FrameType, types.GeneratorType, torch.Tensor, weakref.ref)
 
@@ -114,7 +114,7 @@ def _take_out(inner: list[Any]) -> str | None:
 
 def _clear(holder: Any, wanted: set[int], owners: list[Any]) -> str | None:
     """Takes what is ``wanted``, by id, out of one object that holds it, and says what that is."""
-    if isinstance(holder, _LRU):
+    if isinstance(holder, LRU):
         holder.cache_clear()
         return f"the cache of {holder.__qualname__}"
     if isinstance(holder, dict):
@@ -146,7 +146,7 @@ def _clear_dict(holder: dict[Any, Any], wanted: set[int], owners: list[Any]) -> 
             holder[key] = None
         return f"the global {keys[0]} of {holder['__name__']}"
     for owner in owners:
-        if isinstance(owner, _LRU) and any(inner is holder for inner in gc.get_referents(owner)):
+        if isinstance(owner, LRU) and any(inner is holder for inner in gc.get_referents(owner)):
             return _clear(owner, wanted, owners)
         # That of a class cannot be had but by asking the class what it refers to.
         of_class = isinstance(owner, type) and any(inner is holder for inner in gc.get_referents(owner))

@@ -21,8 +21,8 @@ from torch import nn
 _MOST = 5000  # values looked at
 _ITEMS = 1000  # of one container
 _CONTAINERS = (list, dict, set, collections.deque, tuple, frozenset)
-_LRU = type(functools.lru_cache(lambda: None))
-_WRAPPERS = {staticmethod, classmethod, property, functools.cached_property, _LRU}
+LRU = type(functools.lru_cache(lambda: None))
+_WRAPPERS = {staticmethod, classmethod, property, functools.cached_property, LRU}
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__qualname__"}
 _TOLD = (int, float, complex, str, bytes, bool, type(None), torch.Tensor, torch.dtype, torch.device)
 _INTERNAL = frozenset(vars(nn.Module()))
