@@ -350,6 +350,7 @@ class Inductor:
         self.stack.enter_context(patch.object(CppWrapperCodeCache, "load_pybinding", self._build))
         self.builders = self.stack.enter_context(ThreadPoolExecutor(2))
         self.builds: list[tuple[Future[Any], list[Any]]] = []
+        self.drivers: list[Any] = []
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -360,6 +361,9 @@ class Inductor:
 
         if threading.get_ident() != self.thread:  # what others compile
             return self.load(*args, **options)
+        for driver in self.drivers:
+            if driver.name in options["main_code"]:
+                options |= {"main_code": driver(options["main_code"]), "num_outputs": driver.count}
 
         def build() -> Any:
             return CppWrapperCodeCache.load_pybinding_async(*args, **options)()
@@ -367,6 +371,13 @@ class Inductor:
         program: list[Any] = []
         self.builds.append((self.builders.submit(contextvars.copy_context().run, build), program))
         return lambda inputs: program[0](inputs)
+
+    def in_parts(self, driver: Any) -> contextlib.AbstractContextManager[Any]:
+        """Where a graph becomes a program of one thread; ``driver`` makes it one of several before it is built."""
+        from torch._inductor import config
+
+        self.drivers.append(driver)
+        return config.patch({"cpp.threads": 1})
 
     def finish(self) -> None:
         """Waits for all that is built, and raises what went wrong."""

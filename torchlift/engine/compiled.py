@@ -19,7 +19,7 @@ from torchlift import _compat
 from torchlift.engine import capture, kept, spans
 from torchlift.engine.capture import CaptureError, KeptTensorError, stride_order
 from torchlift.engine.forms import Forms
-from torchlift.engine.graphs import Backend, compile_graphs, surroundings
+from torchlift.engine.graphs import Backend, PartsError, compile_graphs, surroundings
 from torchlift.engine.inlining import inlining, noting_nested
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Program, orders_of
@@ -338,11 +338,15 @@ def capture_program(
     """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
     undecided = request.backend.inductor and request.backend.native is None
     native = undecided and all(t.device.type == "cpu" for t in request.tensors)
+    divided = native and not shapes  # what other graphs take up as saved is one value each
     while True:
         try:
-            return _capture(request, dims, closures, shapes, native)
+            return _capture(request, dims, closures, shapes, native, divided)
         except _NotBuilt as failure:
             if _compat.doubt_processor(failure.error):  # once
+                continue
+            if isinstance(failure.error, PartsError):
+                divided = False
                 continue
             if not native:
                 raise failure.error from None
@@ -357,7 +361,12 @@ class _NotBuilt(Exception):
 
 
 def _capture(
-    request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool, native: bool
+    request: Request,
+    dims: list[frozenset[int]],
+    closures: list[torch.Tensor],
+    shapes: bool,
+    native: bool,
+    divided: bool,
 ) -> Variant:
     symbolic = any(dims)
     train, signature = request.train, request.signature
@@ -389,7 +398,8 @@ def _capture(
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
         try:
-            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes, native=native)
+            carries = range(a, a + signature.carry.tensors) if divided else None
+            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, shapes, native, carries)
         except Exception as error:
             raise _NotBuilt(error) from error
         saved_orders = orders_of(graphs.bw_inputs, graphs.feeds, "saved")

@@ -14,6 +14,7 @@ from torchlift.engine.attention import attend_by_products
 from torchlift.engine.capture import inverse, stride_order
 from torchlift.engine.gemm import tune_products
 from torchlift.engine.native import CALLED, is_native
+from torchlift.engine.parts import Part, divide
 from torchlift.engine.signature import Graphs
 from torchlift.engine.spans import Placed, place
 from torchlift.errors import OptionError
@@ -76,13 +77,18 @@ def surroundings(mode: Any, backend: Backend, random: bool) -> AbstractContextMa
     return _compat.Inductor(mode, options)
 
 
+class PartsError(Exception):
+    """Graphs could not be compiled in parts; as a whole they may be. Never leaves the engine."""
+
+
 def compile_graphs(
-    graphs: Graphs, mode: Any, backend: Backend, inductor: Any, dense: bool, native: bool
+    graphs: Graphs, mode: Any, backend: Backend, inductor: Any, dense: bool, native: bool, carries: range | None
 ) -> tuple[Boxed, Boxed | None]:
     """The forward and the backward of ``graphs``, ready to be called with a list of tensors.
 
     With ``dense`` backward takes saved values that were copied: without gaps, their dimensions in the order they had.
-    With ``native`` C++ may call the kernels, where that is safe.
+    With ``native`` C++ may call the kernels, where that is safe. ``carries`` are the inputs that are carried; given
+    them every thread may run a program of its own, for its part of a batch.
     """
     if graphs.marks:
         place(graphs.fw, graphs.marks, ahead=inductor is not None)
@@ -94,6 +100,14 @@ def compile_graphs(
                 _make_dense(graphs, mode)
             return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
     with _compat.autocast_off():  # the graphs have its casts in them already
+        if native and carries is not None and all(is_native(g) for g in (graphs.fw, graphs.bw) if g is not None):
+            parts = dict(backend.options).get("cpp.threads", torch.get_num_threads())
+            divided = divide(graphs, carries, parts)
+            if divided is not None:
+                try:
+                    return _compile_parts(graphs, inductor, *divided, parts)
+                except Exception as error:
+                    raise PartsError from error
         for graph in (graphs.fw, graphs.bw):
             if graph is not None:
                 attend_by_products(graph)
@@ -111,6 +125,29 @@ def compile_graphs(
         if dense:
             _make_dense(graphs, mode)
         bw = inductor.backward(graphs.bw, graphs.bw_inputs, bw_native)
+    inductor.finish()
+    return fw, bw
+
+
+def _compile_parts(
+    graphs: Graphs, inductor: Any, forward: Part, backward: Part | None, parts: int
+) -> tuple[Boxed, Boxed | None]:
+    """The forward and the backward, each a program that every thread runs for its part. See NOTE [Parts]."""
+    attend_by_products(forward.graph)
+    train = backward is not None
+    driver = forward.driver(parts)
+    with inductor.in_parts(driver):
+        fw, strides = inductor.forward(forward.graph, forward.inputs, graphs.outputs, train, None, CALLED)
+    bw = None
+    if backward is not None:
+        graphs.bw_inputs[:] = backward.inputs
+        if strides is not None:
+            _restride(graphs, strides)
+        backward.inputs = list(graphs.bw_inputs)
+        attend_by_products(backward.graph)
+        slots = backward.spread(parts, graphs, driver)
+        with inductor.in_parts(backward.driver(parts, slots)):
+            bw = inductor.backward(backward.graph, backward.inputs, CALLED)
     inductor.finish()
     return fw, bw
 
