@@ -88,8 +88,9 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
         const Output& output = outputs[i];
         if (output.kind == ROWS) whole[i] = make(output.ndim, output.sizes, output.strides, output.dtype);
     }
-    static void* volatile calm = nullptr;
-    if (!calm) { calm = std::malloc(31 << 20); std::free(calm); }
+    // See NOTE [Shelves]. A compiler leaves out what it sees to be freed at once.
+    static void* volatile freed = nullptr;
+    if (!freed) std::free(freed = std::malloc(31 << 20));
     Handle shelves[PARTS][KEPT + 1]{}, saved = nullptr, lent = nullptr;
     const int64_t numbers = HEAD + PARTS * SAVED_NUMBERS, bytes = PARTS * LENT_BYTES, step = 1;
     if (SAVED_NUMBERS > 0) saved = make(1, &numbers, &step, aoti_torch_dtype_float32());
@@ -143,6 +144,13 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                 block = lent ? data(lent) + part * LENT_BYTES : nullptr;
                 kept = shelves[part];
                 compute_part(given[part], made[part]);
+                for (int i = 1; i < OUTPUTS; i++) {  // what is given twice comes as one handle
+                    const Handle handle = made[part][i];
+                    if (handle && std::find(made[part], made[part] + i, handle) != made[part] + i) {
+                        made[part][i] = nullptr;
+                        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &made[part][i]));
+                    }
+                }
                 for (int i = 0; i < OUTPUTS; i++) {
                     const Output& output = outputs[i];
                     if (output.kind != ROWS) continue;
@@ -163,6 +171,9 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
         for (int i = 0; i < OUTPUTS && !failure; i++) {
             const Kind kind = outputs[i].kind;
             if (kind != FLOAT_SUM && kind != DOUBLE_SUM) continue;
+            bool added = false;  // as another output of the same memory
+            for (int j = 0; j < i; j++) added |= outputs[j].kind == kind && data(made[0][j]) == data(made[0][i]);
+            if (added) continue;
             const int64_t all = numel(made[0][i]), lo = all * thread / threads, hi = all * (thread + 1) / threads;
             for (int part = 1; part < PARTS; part++) {
                 char *into = data(made[0][i]), *from = data(made[part][i]);
@@ -222,7 +233,6 @@ class Driver:
     parts: int
     inputs: Sequence[tuple[torch.Tensor, Placement]]
     outputs: Sequence[tuple[torch.Tensor | None, Placement]]
-
     unpacked: Sequence[int | None] = ()  # per input: its number in the pack, which is the last input
 
     def __post_init__(self) -> None:
@@ -241,11 +251,8 @@ class Driver:
 
     def __call__(self, program: str) -> str:
         """The C++ that Inductor wrote for a part, as a function, and behind it the entry that calls it."""
-        entry, release, end = (
-            "void inductor_entry_impl(",
-            "py::gil_scoped_release_simple release;",
-            "} // inductor_entry_",
-        )
+        entry, end = "void inductor_entry_impl(", "} // inductor_entry_"
+        release = "py::gil_scoped_release_simple release;"
         if any(program.count(text) != 1 for text in (entry, release, end)):
             raise RuntimeError("Inductor writes its C++ otherwise")
         head, rest = program.split(entry)
@@ -254,7 +261,10 @@ class Driver:
         shelf = shelve(body) or Shelf(body, [], 0)
         homes = [self._home(buffer) for buffer in shelf.kept]
         sources = [[home for home, b in zip(homes, shelf.kept) if i in b.outputs] for i in range(len(self.outputs))]
-        self.packed[:] = [i for i, (_, p) in enumerate(self.outputs) if p == OWN and sources[i] == ["SAVED"]]
+        floats = [value is not None and value.dtype is torch.float32 for value, _ in self.outputs]
+        self.packed = [
+            i for i, home in enumerate(sources) if home == ["SAVED"] and self.outputs[i][1] == OWN and floats[i]
+        ]
         tables: list[str] = []
         saved, lent, rows = 0, shelf.bytes, []
         for i, (buffer, home) in enumerate(zip(shelf.kept, homes)):

@@ -27,6 +27,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -77,6 +78,24 @@ def _length(row: torch.fx.Node) -> int:
     return _compat.size_hint(row.meta["val"].shape[0])
 
 
+def is_for_onednn(graph: torch.fx.GraphModule) -> bool:
+    """Whether oneDNN is to compute products of ``graph`` of every kind, on all threads, in half of MKL's time."""
+    ways = _ways()
+    if ways is None or not ways.transposed or not torch.backends.mkldnn.enabled:
+        return False
+    return any(_is_product(node) and _work(node) >= ways.least for node in graph.graph.nodes)
+
+
+def _is_product(node: Node) -> bool:
+    return node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs
+
+
+def _work(node: Node) -> int:
+    """The multiplications of a product."""
+    a: Any = node.args[-2]
+    return math.prod(map(_compat.size_hint, (*node.meta["val"].shape, a.meta["val"].shape[1])))
+
+
 def tune_products(graph: torch.fx.GraphModule) -> None:
     """Computes the products of a graph in the way that is fastest here."""
     ways = _ways()
@@ -84,14 +103,14 @@ def tune_products(graph: torch.fx.GraphModule) -> None:
         return
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     for node in list(graph.graph.nodes):
-        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+        if not _is_product(node):
             continue
         *bias, a, b = node.args
         out = node.meta["val"]
         sizes = (*out.shape, a.meta["val"].shape[1])
         if out.dtype is not torch.float32 or out.device.type != "cpu":
             continue
-        work = math.prod(map(_compat.size_hint, sizes))
+        work = _work(node)
         with graph.graph.inserting_before(node):
             if onednn and work >= ways.least and (ways.transposed or a.meta["val"].is_contiguous()):
                 new = _by_onednn(graph.graph, node, a, b, *bias)

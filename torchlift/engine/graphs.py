@@ -12,7 +12,7 @@ import torch
 from torchlift import _compat
 from torchlift.engine.attention import attend_by_products
 from torchlift.engine.capture import inverse, stride_order
-from torchlift.engine.gemm import tune_products
+from torchlift.engine.gemm import is_for_onednn, tune_products
 from torchlift.engine.native import CALLED, is_native
 from torchlift.engine.parts import Part, divide
 from torchlift.engine.signature import Graphs
@@ -100,7 +100,8 @@ def compile_graphs(
                 _make_dense(graphs, mode)
             return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
     with _compat.autocast_off():  # the graphs have its casts in them already
-        if native and carries is not None and all(is_native(g) for g in (graphs.fw, graphs.bw) if g is not None):
+        both = [graph for graph in (graphs.fw, graphs.bw) if graph is not None]
+        if native and carries is not None and all(is_native(g) and not is_for_onednn(g) for g in both):
             parts = dict(backend.options).get("cpp.threads", torch.get_num_threads())
             divided = divide(graphs, carries, parts)
             if divided is not None:
@@ -108,10 +109,9 @@ def compile_graphs(
                     return _compile_parts(graphs, inductor, *divided, parts)
                 except Exception as error:
                     raise PartsError from error
-        for graph in (graphs.fw, graphs.bw):
-            if graph is not None:
-                attend_by_products(graph)
-                tune_products(graph)
+        for graph in both:
+            attend_by_products(graph)
+            tune_products(graph)
     fw_native, bw_native = [
         CALLED if native and graph is not None and is_native(graph) else None for graph in (graphs.fw, graphs.bw)
     ]

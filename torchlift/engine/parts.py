@@ -91,6 +91,8 @@ def _divide(graphs: Graphs, carries: range, parts: int, dim: int) -> tuple[Part,
     if not all(isinstance(node.meta["val"], torch.Tensor) and _known(node.meta["val"]) for node in holders):
         raise Inseparable("inputs that are no tensors, or of sizes that change")
     batches = [(node, node.meta["val"].shape[dim]) for i in carries if (node := holders[i]).meta["val"].ndim > dim]
+    if not batches:
+        raise Inseparable("nothing carried has such a dimension")
     given: dict[Node, Placement] = {node: Rows(dim) for node, size in batches if size == batches[0][1]}
     while True:
         try:

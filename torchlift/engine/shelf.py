@@ -2,11 +2,15 @@
 
 NOTE [Shelves]. A thread's own heap is no place for what the threads of a program make. glibc gives a thread memory in
 heaps of 64 MB and returns each to the system as soon as it is empty, to clear every page of it anew at the next call;
-and what one thread made another frees takes a lock that both then wait for. So the thread that calls a program makes
-all memory: a tensor for each buffer that leaves the program, and one block for those that do not. Where in it each of
-them lies is decided here. The C++ that Inductor writes for a graph is one statement after the other, so a buffer is in
-use from where it is made to the last statement with a name of it, or of what was made of it. A line that is not
-understood leaves all memory as it was.
+and what one thread made and another frees takes a lock that both then wait for. Either cost what the threads had won.
+So the thread that calls a program makes all memory: a tensor for each result, one for all that is saved for backward,
+and a block that is lent for the time of the call. Where in it each buffer lies is decided here. The C++ that Inductor
+writes for a graph is one statement after the other, so a buffer is in use from where it is made to the last statement
+with a name of it, or of what was made of it. A line that is not understood leaves all memory as it was.
+
+A block of half a megabyte would go back to the system at every call as well, until the process has freed something
+larger; from then on glibc keeps so much (the dynamic threshold of mallopt(3)). So a program begins with freeing 31 MB,
+which it never touched.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ _MADE = re.compile(
 _ARRAY = re.compile(r"static constexpr int64_t (\w+)\[\] = \{([-\dL, ]*)\};")
 _NEW = re.compile(r"\bauto (\w+) =|&(\w+)|RAIIAtenTensorHandle (\w+)\(")
 _OUTPUT = re.compile(r"output_handles\[(\d+)\]")
+_AGAIN = re.compile(r"output_handles\[(\d+)\] = output_handles\[(\d+)\]")
 _ALIGNED = 64  # bytes, as torch aligns them
 
 
@@ -78,6 +83,8 @@ def shelve(code: str) -> Shelf | None:
                 return None
             found.add(len(buffers))
             buffers.append(Buffer(number, made[0], f"{ndim}, {sizes}, {strides}", *shape, dtype, handle))
+        if again := _AGAIN.search(line):
+            found = {i for i, buffer in enumerate(buffers) if int(again[2]) in buffer.outputs}
         for names in _NEW.findall(line):
             owners.setdefault(next(filter(None, names)), set()).update(found)
         output = _OUTPUT.search(line)
