@@ -29,11 +29,13 @@ class Layer(nn.Module):
 @pytest.fixture
 def decided(monkeypatch):
     """What was decided about the graphs that were compiled."""
-    found = []
+    found, seen = [], []
 
     def decide(graph):
-        found.append(native.is_native(graph))
-        return found[-1]
+        if not any(graph is other for other in seen):  # asked once more where no part of it can be computed
+            seen.append(graph)
+            found.append(native.is_native(graph))
+        return native.is_native(graph)
 
     monkeypatch.setattr(graphs, "is_native", decide)
     return found

@@ -399,7 +399,9 @@ def _capture(
         kept = copy.deepcopy(graphs.fw) if shapes else None
         try:
             carries = range(a, a + signature.carry.tensors) if divided else None
-            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, shapes, native, carries)
+            fw, bw = compile_graphs(
+                graphs, mode, request.backend, inductor, dense=shapes, native=native, carries=carries
+            )
         except Exception as error:
             raise _NotBuilt(error) from error
         saved_orders = orders_of(graphs.bw_inputs, graphs.feeds, "saved")

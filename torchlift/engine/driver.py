@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from torchlift.engine.placements import SUM, Placement, Rows
 from torchlift.engine.shelf import Buffer, Shelf, shelve
 
 OWN = "own"  # a value that stays in parts
+_LOCK, _TIMES = threading.Lock(), Counter[str]()
 SUMMED = {torch.float32: "float", torch.float64: "double"}
 
 # An exception must not leave a parallel region, and a thread of OpenMP's starts with gradients enabled. Threads are as
@@ -239,9 +242,12 @@ class Driver:
         self.packed: list[int] = []  # outputs that are in the pack, which is the last output
         values = [*self.inputs, *self.outputs]
         facts = [v if v is None else (v.dtype, [*v.shape], [*v.stride()]) for v, _ in values], [p for _, p in values]
-        # Inductor looks for graphs it has compiled by their code, names included, and so does what builds programs.
-        text = repr((self.parts, facts, self.unpacked))
-        self.name = "part_" + hashlib.sha256(text.encode()).hexdigest()[:16]
+        # Inductor finds graphs that it has compiled by their code, names included. One that this process has loaded it
+        # would not write again, and what is in the pack would stay unknown: so each has another number.
+        digest = hashlib.sha256(repr((self.parts, facts, self.unpacked)).encode()).hexdigest()[:16]
+        with _LOCK:
+            _TIMES[digest] += 1
+            self.name = f"part_{digest}_{_TIMES[digest]}_"
 
     @property
     def count(self) -> int:

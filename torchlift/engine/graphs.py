@@ -101,8 +101,8 @@ def compile_graphs(
             return fw, None if graphs.bw is None else build(graphs.bw, graphs.bw_inputs)
     with _compat.autocast_off():  # the graphs have its casts in them already
         both = [graph for graph in (graphs.fw, graphs.bw) if graph is not None]
-        if native and carries is not None and all(is_native(g) and not is_for_onednn(g) for g in both):
-            parts = dict(backend.options).get("cpp.threads", torch.get_num_threads())
+        parts = dict(backend.options).get("cpp.threads", torch.get_num_threads())
+        if native and carries is not None and parts > 1 and all(is_native(g) and not is_for_onednn(g) for g in both):
             divided = divide(graphs, carries, parts)
             if divided is not None:
                 try:
