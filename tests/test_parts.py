@@ -61,7 +61,7 @@ def divisions(monkeypatch):
 
     def compile_parts(whole, inductor, forward, backward, count):
         if backward is not None:
-            backward.spread(count, whole, SimpleNamespace(packed=[], outputs=forward.gives))
+            backward.spread(count, whole, SimpleNamespace(packed={}, outputs=forward.gives))
         return in_python(forward, count), backward and in_python(backward, count)
 
     def boxed(graph):
@@ -221,6 +221,43 @@ def test_a_batch_without_an_equal_part_for_each_is_not_divided(divisions, sizes)
     assert divisions == [False]
 
 
+def over_time(fn, start, xs, **settings):
+    """Outputs and gradients of a loop, and of the plain loop."""
+    results = []
+    for compile in (True, False):
+        module = nn.Linear(start.shape[-1], start.shape[-1])
+        with torch.no_grad():
+            [p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape)) for p in module.parameters()]
+        h, ys = scan(fn, variable_broadcast="params", compile=compile, **settings)(module, start, xs)
+        outs = [h, *ys.values()]
+        total = sum((t * torch.linspace(0, 1, t.numel()).view(t.shape)).sum() for t in outs if t.requires_grad)
+        grads = torch.autograd.grad(total, [start, xs, *module.parameters()], allow_unused=True)
+        results.append([*outs, *(g for g in grads if g is not None)])
+    return results
+
+
+BODIES = {
+    "sums of the batch": lambda m, c, x: (m(c) + x, {"y": (c * 3).sum(0), "more": (c * x).sum()}),
+    "columns": lambda m, c, x: (torch.tanh(m(c) + x), {"y": c.t().contiguous().t(), "z": c.t().contiguous()}),
+    "the last rows": lambda m, c, x: (m(c) * x, {"y": (c * x)[-8:].tanh(), "z": (c * x)[-99:99]}),
+    "two at a time": lambda m, c, x: (m(c) + x, {"y": (c * x)[::2], "z": c.unflatten(0, (2, -1))}),
+    "equal outputs": lambda m, c, x: (h := torch.tanh(m(c) + x), {"y": h, "z": h}),
+    "ones": lambda m, c, x: (m(c) + x, {"y": c[:, None].squeeze(1), "z": (c * x).sum(1, keepdim=True)}),
+    "a mask in rows": lambda m, c, x: (
+        m(c) + x,
+        {"y": F.scaled_dot_product_attention(*[torch.ones(len(c), 2, 4, 4)] * 3, attn_mask=(c * x)[:, None, None, :4])},
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_that_were_divided_wrongly(divisions, name, rows):
+    got, expected = over_time(BODIES[name], rand(rows, 6), rand(3, rows, 6))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_a_carry_without_a_batch_is_not_divided(divisions):
     check([Mixing(torch.tanh) for _ in range(2)], rand(6))
     assert divisions == [False]
@@ -294,6 +331,8 @@ def test_programs_equal_the_plain_loop(two_threads):
     assert first is not None
     with torch.no_grad():  # another program
         torch.testing.assert_close(model(x, mask), in_turn(nn.ModuleList(layers))(x, mask))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x, mask), in_turn(nn.ModuleList(layers))(x, mask))
     # One graph, used twice; and by a thread that may use one processor only.
     out = model(x, mask)
     again = [torch.autograd.grad(out.sum(), list(model.parameters()), retain_graph=True) for _ in range(2)]
@@ -308,20 +347,31 @@ def test_programs_equal_the_plain_loop(two_threads):
     assert all(torch.equal(result, out) for result in results)
 
 
-def test_a_program_that_gives_a_value_twice(two_threads):
-    def body(module, carry, x):
-        h = torch.tanh(module(carry) + x)
-        return h, {"again": h, "more": h}
-
-    linear, start, x = nn.Linear(6, 6), rand(4, 6), rand(3, 4, 6)
-    results = []
-    for compile in (True, False):
-        h, ys = scan(body, variable_broadcast="params", compile=compile)(linear, start, x)
-        total = sum((t * torch.linspace(0, 1, t.numel()).view(t.shape)).sum() for t in (h, *ys.values()))
-        results.append([h, *ys.values(), *torch.autograd.grad(total, [start, x, *linear.parameters()])])
-    for a, b in zip(*results, strict=True):
+@pytest.mark.parametrize("name", ["equal outputs", "sums of the batch", "columns"])
+def test_programs_of_loops_over_time(two_threads, name):
+    for a, b in zip(*over_time(BODIES[name], rand(2, 6), rand(3, 2, 6)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert two_threads[0] is not None
+
+
+def test_hooks_are_given_what_is_saved(two_threads):
+    """In float32 it is one tensor, every number of which is one that was saved, or 0."""
+    torch.set_default_dtype(torch.float32)
+    layers, seen = [nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.LayerNorm(6)) for _ in range(2)], []
+    x = rand(4, 6)
+
+    def halved(t):
+        seen.append(t)
+        return t.to(torch.bfloat16)
+
+    with torch.autograd.graph.saved_tensors_hooks(halved, lambda t: t.float()):
+        out = scan_layers(layers)(x)
+    found = torch.autograd.grad(out.square().sum(), [x, *layers[0].parameters()])
+    expected = torch.autograd.grad(in_turn(nn.ModuleList(layers))(x).square().sum(), [x, *layers[0].parameters()])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
+    assert two_threads[0] is not None
+    assert all(t.isfinite().all() for t in seen)
 
 
 PROGRAM = """

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from torchlift.engine.capture import inverse, stride_order
+from torchlift.engine.capture import stride_order
 from torchlift.engine.placements import SUM, Placement, Rows
-from torchlift.engine.shelf import Buffer, Shelf, shelve
+from torchlift.engine.shelf import Buffer, shelve
 
 OWN = "own"  # a value that stays in parts
 _LOCK, _TIMES = threading.Lock(), Counter[str]()
 SUMMED = {torch.float32: "float", torch.float64: "double"}
 
-# An exception must not leave a parallel region, and a thread of OpenMP's starts with gradients enabled. Threads are as
-# many as the caller may use now, which may be fewer than there are parts.
+# An exception must not leave a parallel region, and a thread of OpenMP's knows of no mode that its caller is in.
+# Threads are as many as the caller may use now, which may be fewer than there are parts.
 _BEFORE = """
 namespace torchlift {
 using Handle = AtenTensorHandle;
@@ -39,10 +39,12 @@ static AOTITorchError take(int i, Handle* handle) {
 
 static void compute_part("""
 _AFTER = """
+#include <c10/core/InferenceMode.h>
 #include <omp.h>
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 
 namespace torchlift {
 enum Kind { WHOLE, ROWS, OWN, PACKED, FLOAT_SUM, DOUBLE_SUM, NONE };
@@ -51,7 +53,10 @@ struct Output {
     Kind kind; int64_t ndim; const int64_t* sizes; const int64_t* strides; int32_t dtype; int64_t blocks; int64_t bytes;
 };
 enum Home { RESULT, SAVED, LENT, SUMMAND };
-struct Buffer { Home home; int64_t ndim; const int64_t* sizes; const int64_t* strides; int32_t dtype; int64_t at; };
+struct Buffer {
+    Home home; int64_t ndim; const int64_t* sizes; const int64_t* strides; int32_t dtype;
+    int64_t at; int64_t used; int64_t bytes;
+};
 
 static Handle make(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
     Handle made;
@@ -83,8 +88,9 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
     using namespace torchlift;
     py::gil_scoped_release_simple release;
     constexpr int PARTS = %(parts)d, INPUTS = %(count)d, OUTPUTS = %(made)d, KEPT = %(kept)d;
-    constexpr int HANDLES = %(handles)d, PACKED_INPUTS = %(unpacked)d, PACKED_OUTPUTS = %(packed)d;
-    constexpr int64_t HEAD = %(head)d, SAVED_NUMBERS = %(saved)d, LENT_BYTES = %(lent)d;
+    constexpr int HANDLES = %(handles)d;
+    constexpr bool TAKES_PACK = %(unpacked)s, GIVES_PACK = %(packed)s;
+    constexpr int64_t PACK_STEP = %(step)d, SAVED_NUMBERS = %(saved)d, LENT_BYTES = %(lent)d;
 %(tables)s
     Handle given[PARTS][INPUTS], made[PARTS][OUTPUTS]{}, whole[OUTPUTS]{};
     for (int i = 0; i < OUTPUTS; i++) {
@@ -92,10 +98,14 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
         if (output.kind == ROWS) whole[i] = make(output.ndim, output.sizes, output.strides, output.dtype);
     }
     // See NOTE [Shelves]. A compiler leaves out what it sees to be freed at once.
-    static void* volatile freed = nullptr;
-    if (!freed) std::free(freed = std::malloc(31 << 20));
+    static const bool grown = [] {
+        void* volatile memory = std::malloc(31 << 20);
+        std::free(memory);
+        return true;
+    }();
+    (void)grown;
     Handle shelves[PARTS][KEPT + 1]{}, saved = nullptr, lent = nullptr;
-    const int64_t numbers = HEAD + PARTS * SAVED_NUMBERS, bytes = PARTS * LENT_BYTES, step = 1;
+    const int64_t numbers = PARTS * SAVED_NUMBERS, bytes = PARTS * LENT_BYTES, step = 1;
     if (SAVED_NUMBERS > 0) saved = make(1, &numbers, &step, aoti_torch_dtype_float32());
     if (bytes > 0) lent = make(1, &bytes, &step, aoti_torch_dtype_uint8());
     for (int part = 0; part < PARTS; part++) {
@@ -104,7 +114,8 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
             Handle* made = &shelves[part][i];
             if (buffer.home == SAVED) {
                 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-                    saved, buffer.ndim, buffer.sizes, buffer.strides, HEAD + part * SAVED_NUMBERS + buffer.at, made));
+                    saved, buffer.ndim, buffer.sizes, buffer.strides, part * SAVED_NUMBERS + buffer.at, made));
+                std::memset(data(*made) + buffer.used, 0, buffer.bytes - buffer.used);  // hooks may look at all of it
             } else if (buffer.home == LENT || (buffer.home == SUMMAND && part > 0)) {
                 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
                     data(lent) + part * LENT_BYTES + buffer.at, buffer.ndim, buffer.sizes, buffer.strides, 0,
@@ -114,13 +125,13 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
             }
         }
     }
-    const Handle pack = PACKED_INPUTS > 0 ? input_handles[HANDLES - 1] : nullptr;
-    const int64_t* places = pack ? reinterpret_cast<int64_t*>(data(pack)) : nullptr;
+    const Handle pack = TAKES_PACK ? input_handles[HANDLES - 1] : nullptr;
+    const bool inference = c10::InferenceMode::is_enabled();
     std::exception_ptr failure;
     #pragma omp parallel num_threads(std::min(PARTS, omp_get_max_threads()))
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const bool grad = aoti_torch_grad_mode_is_enabled();
+        const c10::InferenceMode guard(inference);
         aoti_torch_grad_mode_set_enabled(false);
         for (int part = thread; part < PARTS; part += threads) {
             try {
@@ -134,9 +145,9 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                         AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(next[part], &given[part][i]));
                         next += PARTS;
                     } else if (input.kind == PACKED) {
+                        const int64_t first = input.step + part * PACK_STEP;
                         AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-                            pack, input.ndim, input.sizes, input.strides, places[part * PACKED_INPUTS + input.step],
-                            &given[part][i]));
+                            pack, input.ndim, input.sizes, input.strides, first, &given[part][i]));
                     } else if (input.kind == WHOLE) {
                         AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(*next++, &given[part][i]));
                     } else {
@@ -156,6 +167,10 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                 }
                 for (int i = 0; i < OUTPUTS; i++) {
                     const Output& output = outputs[i];
+                    if (output.kind == PACKED) {
+                        const char* place = data(saved) + 4 * (part * SAVED_NUMBERS + output.bytes);
+                        if (data(made[part][i]) != place) throw std::runtime_error("a saved value is not in its place");
+                    }
                     if (output.kind != ROWS) continue;
                     const char* from = data(made[part][i]);
                     char* into = data(whole[i]) + part * output.bytes;
@@ -174,9 +189,6 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
         for (int i = 0; i < OUTPUTS && !failure; i++) {
             const Kind kind = outputs[i].kind;
             if (kind != FLOAT_SUM && kind != DOUBLE_SUM) continue;
-            bool added = false;  // as another output of the same memory
-            for (int j = 0; j < i; j++) added |= outputs[j].kind == kind && data(made[0][j]) == data(made[0][i]);
-            if (added) continue;
             const int64_t all = numel(made[0][i]), lo = all * thread / threads, hi = all * (thread + 1) / threads;
             for (int part = 1; part < PARTS; part++) {
                 char *into = data(made[0][i]), *from = data(made[part][i]);
@@ -184,7 +196,6 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                 else add(reinterpret_cast<double*>(into), reinterpret_cast<double*>(from), lo, hi);
             }
         }
-        aoti_torch_grad_mode_set_enabled(grad);
     }
     Handle* next = input_handles;
     for (int i = 0; i < INPUTS; i++) {
@@ -199,15 +210,6 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
             if (left) aoti_torch_delete_tensor_object(left);
         }
     }
-    int packed = 0;
-    for (int i = 0; i < OUTPUTS && !failure; i++) {
-        if (outputs[i].kind != PACKED) continue;
-        for (int part = 0; part < PARTS; part++) {
-            char* start = data(saved);
-            reinterpret_cast<int64_t*>(start)[part * PACKED_OUTPUTS + packed] = (data(made[part][i]) - start) / 4;
-        }
-        packed++;
-    }
     for (int i = 0; i < OUTPUTS; i++) {
         const Kind kind = outputs[i].kind;
         if (failure && whole[i]) aoti_torch_delete_tensor_object(whole[i]);
@@ -219,7 +221,7 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
         if (!failure && kind == ROWS) *output_handles++ = whole[i];
     }
     if (lent) aoti_torch_delete_tensor_object(lent);
-    if (saved && !failure && PACKED_OUTPUTS > 0) *output_handles++ = saved;
+    if (saved && !failure && GIVES_PACK) *output_handles++ = saved;
     else if (saved) aoti_torch_delete_tensor_object(saved);
     if (failure) std::rethrow_exception(failure);
 }
@@ -230,21 +232,24 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
 class Driver:
     """How the program of a part becomes one of all parts.
 
-    ``inputs`` and ``outputs`` are those of a part on fakes, with their placements.
+    ``inputs``, those of a part, and ``outputs`` are on fakes, with their placements.
     """
 
     parts: int
     inputs: Sequence[tuple[torch.Tensor, Placement]]
-    outputs: Sequence[tuple[torch.Tensor | None, Placement]]
-    unpacked: Sequence[int | None] = ()  # per input: its number in the pack, which is the last input
+    outputs: Sequence[tuple[torch.Tensor | None, Placement]]  # of the whole
+    unpacked: Sequence[int | None] = ()  # per input that is in the pack, the last one: its first number
+    step: int = 0  # from what is in the pack of one part to that of the next
 
     def __post_init__(self) -> None:
-        self.packed: list[int] = []  # outputs that are in the pack, which is the last output
+        self.called = False
+        self.packed: dict[int, int] = {}  # of outputs that are in the pack, the last one: the first number
+        self.pack_step = 0
         values = [*self.inputs, *self.outputs]
         facts = [v if v is None else (v.dtype, [*v.shape], [*v.stride()]) for v, _ in values], [p for _, p in values]
         # Inductor finds graphs that it has compiled by their code, names included. One that this process has loaded it
         # would not write again, and what is in the pack would stay unknown: so each has another number.
-        digest = hashlib.sha256(repr((self.parts, facts, self.unpacked)).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(repr((self.parts, facts, self.unpacked, self.step)).encode()).hexdigest()[:16]
         with _LOCK:
             _TIMES[digest] += 1
             self.name = f"part_{digest}_{_TIMES[digest]}_"
@@ -264,41 +269,45 @@ class Driver:
         head, rest = program.split(entry)
         signature, rest = rest.split(release)
         body, rest = rest.split(end)
-        shelf = shelve(body) or Shelf(body, [], 0)
-        homes = [self._home(buffer) for buffer in shelf.kept]
-        sources = [[home for home, b in zip(homes, shelf.kept) if i in b.outputs] for i in range(len(self.outputs))]
-        floats = [value is not None and value.dtype is torch.float32 for value, _ in self.outputs]
-        self.packed = [
-            i for i, home in enumerate(sources) if home == ["SAVED"] and self.outputs[i][1] == OWN and floats[i]
-        ]
+        shelf = shelve(body)
+        if shelf is None:
+            raise RuntimeError("Inductor writes more than one statement after the other")
         tables: list[str] = []
-        saved, lent, rows = 0, shelf.bytes, []
-        for i, (buffer, home) in enumerate(zip(shelf.kept, homes)):
-            at = 0
-            if home == "SAVED":
-                at, saved = saved, saved + buffer.bytes // 4
-            elif home != "RESULT":
-                at, lent = lent, lent + buffer.bytes
-            names = _numbers(f"buffer{i}", buffer.sizes, buffer.strides, tables)
-            rows.append(f"{{{home}, {len(buffer.sizes)}, {names}, aoti_torch_dtype_{buffer.dtype}(), {at}}}")
+        homes = [self._home(buffer) for buffer in shelf.kept]
+        at, saved, lent = [], 0, shelf.bytes
+        for buffer, home in zip(shelf.kept, homes):
+            at.append({"SAVED": saved, "RESULT": 0}.get(home, lent))
+            saved += buffer.bytes // 4 if home == "SAVED" else 0
+            lent += buffer.bytes if home in ("LENT", "SUMMAND") else 0
+        for i, (buffer, first) in shelf.views.items():
+            value, place = self.outputs[i]
+            if value is None or place != OWN or value.dtype is not torch.float32:
+                continue
+            if homes[shelf.kept.index(buffer)] == "SAVED":
+                self.packed[i] = at[shelf.kept.index(buffer)] + first
+        self.called, self.pack_step = True, saved
+        rows = [
+            f"{{{home}, {len(buffer.sizes)}, {_numbers(f'buffer{i}', buffer.sizes, buffer.strides, tables)}, "
+            f"aoti_torch_dtype_{buffer.dtype}(), {at[i]}, {buffer.used}, {buffer.bytes}}}"
+            for i, (buffer, home) in enumerate(zip(shelf.kept, homes))
+        ]
         takes = [_input(value, place, i, self._slot(i), tables) for i, (value, place) in enumerate(self.inputs)]
         gives = [
-            "{PACKED}" if i in self.packed else _output(value, place, self.parts, i, tables)
+            _output(value, place, self.parts, i, self.packed.get(i), tables)
             for i, (value, place) in enumerate(self.outputs)
         ]
         for name, entries in (("Input inputs", takes), ("Output outputs", gives), ("Buffer buffers", rows)):
             tables.append(f"static const {name}[] = {{{', '.join(entries) or '{}'}}};")
-        slots = [self._slot(i) for i in range(len(takes))]
-        unpacked = sum(slot is not None for slot in slots)
+        unpacked = sum(self._slot(i) is not None for i in range(len(takes)))
         numbers = {
             "parts": self.parts,
             "count": len(takes),
             "made": len(gives),
             "kept": len(rows),
             "handles": len(takes) + (self.parts - 1) * takes.count("{OWN}") - unpacked + (unpacked > 0),
-            "unpacked": unpacked,
-            "packed": len(self.packed),
-            "head": -(-2 * self.parts * len(self.packed) // 16) * 16,
+            "unpacked": str(unpacked > 0).lower(),
+            "packed": str(bool(self.packed)).lower(),
+            "step": self.step,
             "saved": saved,
             "lent": lent,
         }
@@ -315,7 +324,9 @@ class Driver:
             return "SAVED"
         if all(isinstance(place, Rows) for place in places):
             return "LENT"
-        return "SUMMAND" if all(place == SUM or isinstance(place, Rows) for place in places) else "RESULT"
+        if SUM in places and len(places) > 1:
+            raise RuntimeError("Inductor gives one buffer as a sum and as another output")
+        return "SUMMAND" if SUM in places else "RESULT"
 
 
 def _input(value: torch.Tensor, place: Placement, i: int, slot: int | None, tables: list[str]) -> str:
@@ -327,20 +338,22 @@ def _input(value: torch.Tensor, place: Placement, i: int, slot: int | None, tabl
     return f"{{ROWS, {value.ndim}, {names}, {value.stride(place.dim) * value.shape[place.dim]}}}"
 
 
-def _output(value: torch.Tensor | None, place: Placement, parts: int, i: int, tables: list[str]) -> str:
+def _output(
+    value: torch.Tensor | None, place: Placement, parts: int, i: int, packed: int | None, tables: list[str]
+) -> str:
     if value is None:
         return "{NONE}"
+    if packed is not None:
+        return f"{{PACKED, 0, nullptr, nullptr, 0, 0, {packed}}}"
     if place == SUM:
         return f"{{{SUMMED[value.dtype].upper()}_SUM}}"
     if not isinstance(place, Rows):
         return "{OWN}" if place == OWN else "{WHOLE}"
     order = stride_order(value)
-    sizes = [size * parts if d == place.dim else size for d, size in enumerate(value.shape)]
-    laid = torch.empty([sizes[d] for d in order], device="meta").permute(inverse(order))
     blocks = math.prod(value.shape[d] for d in order[: order.index(place.dim)]) * place.blocks
-    names = _numbers(f"output{i}", sizes, laid.stride(), tables)
+    names = _numbers(f"output{i}", value.shape, value.stride(), tables)
     dtype = f"aoti_torch_dtype_{str(value.dtype).removeprefix('torch.')}()"
-    size = value.numel() // max(blocks, 1) * value.element_size()
+    size = value.numel() // (blocks * parts) * value.element_size()
     return f"{{ROWS, {value.ndim}, {names}, {dtype}, {blocks}, {size}}}"
 
 

@@ -103,12 +103,11 @@ def compile_graphs(
         both = [graph for graph in (graphs.fw, graphs.bw) if graph is not None]
         parts = dict(backend.options).get("cpp.threads", torch.get_num_threads())
         if native and carries is not None and parts > 1 and all(is_native(g) and not is_for_onednn(g) for g in both):
-            divided = divide(graphs, carries, parts)
-            if divided is not None:
-                try:
+            try:
+                if (divided := divide(graphs, carries, parts)) is not None:
                     return _compile_parts(graphs, inductor, *divided, parts)
-                except Exception as error:
-                    raise PartsError from error
+            except Exception as error:
+                raise PartsError from error
         for graph in both:
             attend_by_products(graph)
             tune_products(graph)
@@ -135,8 +134,8 @@ def _compile_parts(
     """The forward and the backward, each a program that every thread runs for its part. See NOTE [Parts]."""
     attend_by_products(forward.graph)
     train = backward is not None
-    driver = forward.driver(parts)
-    with inductor.in_parts(driver):
+    drivers = [forward.driver(parts)]
+    with inductor.in_parts(drivers[0]):
         fw, strides = inductor.forward(forward.graph, forward.inputs, graphs.outputs, train, None, CALLED)
     bw = None
     if backward is not None:
@@ -145,10 +144,13 @@ def _compile_parts(
             _restride(graphs, strides)
         backward.inputs = list(graphs.bw_inputs)
         attend_by_products(backward.graph)
-        slots = backward.spread(parts, graphs, driver)
-        with inductor.in_parts(backward.driver(parts, slots)):
+        places = backward.spread(parts, graphs, drivers[0])
+        drivers.append(backward.driver(parts, places, drivers[0].pack_step))
+        with inductor.in_parts(drivers[1]):
             bw = inductor.backward(backward.graph, backward.inputs, CALLED)
     inductor.finish()
+    if not all(driver.called for driver in drivers):
+        raise RuntimeError("Inductor took a program of one part from elsewhere")
     return fw, bw
 
 

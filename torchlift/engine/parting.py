@@ -77,12 +77,18 @@ class Parting:
         return node
 
     def _compute(self, node: Node) -> None:
+        self.local[node], self.places[node] = self._apply(node)
+
+    def _apply(self, node: Node) -> tuple[Node, Placement]:
+        """The operator in the new graph, of its arguments as they are placed now, and how what it gives is."""
         args, kwargs, place = rule_of(node)(self, node)
-        new = self.local[node] = self.emit(node, node.target, args, kwargs)
-        self.places[node] = place
+        if node.kwargs and not kwargs:
+            raise Inseparable(f"{node.target} with {list(node.kwargs)}")
+        new = self.emit(node, node.target, args, kwargs)
         value = new.meta["val"]
         if isinstance(value, torch.Tensor) and list(value.shape) != self.sizes(node, place):
             raise Inseparable(f"{node} has {tuple(value.shape)} as {place} of {tuple(self.shape(node))}")
+        return new, place
 
     # What rules ask ---------------------------------------------------------------------------------------------------
 
@@ -126,13 +132,12 @@ class Parting:
             return self.emit(node, node.target, (self.sizes(node, rows), node.args[1]), dict(node.kwargs))
         if node.target is aten.expand.default and not sources_of(self, node, rows):
             return self.emit(node, node.target, (self.here(node.args[0]), self.sizes(node, rows)), {})
-        places, local = self.places.copy(), self.local.copy()
+        before = {source: (self.local[source], self.places[source]) for source, _ in sources_of(self, node, rows)}
         for source, wanted in sources_of(self, node, rows):
-            self.local[source] = self.want(source, wanted)
-            self.places[source] = wanted
-        args, kwargs, place = rule_of(node)(self, node)
-        new = self.emit(node, node.target, args, kwargs)
-        self.places, self.local = places, local
+            self.local[source], self.places[source] = self.want(source, wanted), wanted
+        new, place = self._apply(node)
+        for source, (local, placed) in before.items():
+            self.local[source], self.places[source] = local, placed
         if place != rows:
             raise Inseparable(f"{node} comes as {place}, wanted {rows}")
         return new

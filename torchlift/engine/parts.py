@@ -11,6 +11,7 @@ what is saved for backward stays in parts. Only the order of sums differs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchlift.engine.capture import stride_order
 from torchlift.engine.driver import OWN, SUMMED, Driver
 from torchlift.engine.parting import Parting, WantedError, dense
 from torchlift.engine.placements import SUM, Inseparable, Placement, Rows
@@ -37,11 +39,11 @@ class Part:
     inputs: list[Any]  # on fakes
     takes: list[Placement]
     gives: list[Placement]
+    wholes: list[Any]  # of each output, that of all parts
 
-    def driver(self, parts: int, unpacked: Sequence[int | None] = ()) -> Driver:
+    def driver(self, parts: int, unpacked: Sequence[int | None] = (), step: int = 0) -> Driver:
         """What makes the program of this graph one for all parts; it knows the program by the name of an input."""
-        made = [None if node is None else node.meta["val"] for node in _outputs(self.graph)]
-        driver = Driver(parts, list(zip(self.inputs, self.takes)), list(zip(made, self.gives)), unpacked)
+        driver = Driver(parts, list(zip(self.inputs, self.takes)), list(zip(self.wholes, self.gives)), unpacked, step)
         first = _holders(self.graph)[0]
         first.name = first.target = driver.name
         self.graph.recompile()
@@ -50,7 +52,7 @@ class Part:
     def spread(self, parts: int, graphs: Graphs, forward: Driver) -> list[int | None]:
         """Tells ``graphs`` how what is saved reaches the backward, this part: in a pack, or a value for every part.
 
-        Returns the number in the pack of each input.
+        Returns the place in the pack of each input.
         """
         firsts, count = {}, 0
         for i in range(graphs.outputs, len(forward.outputs)):
@@ -59,7 +61,7 @@ class Part:
         feeds, values, slots = [], [], []
         for (kind, i), value in zip(graphs.feeds, self.inputs, strict=True):
             output = graphs.outputs + i
-            slots.append(forward.packed.index(output) if kind == "saved" and output in forward.packed else None)
+            slots.append(forward.packed.get(output) if kind == "saved" else None)
             if slots[-1] is None:
                 several = [firsts[output] + part for part in range(parts)] if kind == "saved" else [i]
                 feeds += [(kind, n) for n in several]
@@ -112,7 +114,8 @@ def _divide(graphs: Graphs, carries: range, parts: int, dim: int) -> tuple[Part,
     places, values, takes = {}, {}, []
     for node, (kind, i) in zip(_holders(graphs.bw), graphs.feeds, strict=True):
         source = {"input": holders, "saved": saved, "tangent": visible}[kind][i]
-        places[node] = forward.places[source]
+        # The gradient of a sum is the same for all that is added up.
+        places[node] = None if kind == "tangent" and forward.places[source] == SUM else forward.places[source]
         takes.append(OWN if kind == "saved" else places[node])
         if kind == "saved":
             values[node] = forward.local[source].meta["val"]
@@ -136,7 +139,7 @@ def _work(graph: GraphModule) -> int:
     return work
 
 
-def _holders(graph: GraphModule) -> list[Node]:
+def _holders(graph: GraphModule | Parting) -> list[Node]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
@@ -149,21 +152,31 @@ def _known(value: torch.Tensor) -> bool:
 
 
 def _part(parting: Parting, outs: list[Any], takes: list[Placement], gives: list[Placement]) -> Part:
-    """The graph of a parting with its outputs."""
+    """The graph of a parting with its outputs, which are ``outs`` in that of the whole."""
     local = [None if node is None else parting.local[node] for node in outs]
-    used = [node.meta["val"].untyped_storage()._cdata for node in parting.graph.nodes if node.op == "placeholder"]
-    for node, place in zip(local, gives):
-        if place not in (SUM, OWN) and not isinstance(place, Rows):
+    cells = Counter(_cell(node) for node in {*local, *_holders(parting)} if node is not None)
+    for node, whole, place in zip(local, outs, gives):
+        if node is None or place == OWN:
             continue
-        value = node.meta["val"]  # type: ignore[union-attr]
-        cell = value.untyped_storage()._cdata
-        if place != OWN and not dense(value) or place == SUM and (cell in used or value.dtype not in SUMMED):
-            raise Inseparable(f"an output in {place}")
-        if place == SUM:
-            used.append(cell)
+        value, like = node.meta["val"], whole.meta["val"]
+        alike = (
+            value.permute(stride_order(like)).is_contiguous()
+            if isinstance(place, Rows)
+            else value.stride() == like.stride()
+        )
+        if not alike or not dense(like):
+            raise Inseparable("an output that a part lays out otherwise")
+        # What is added to must be nothing else.
+        if place == SUM and (cells[_cell(node)] > 1 or local.count(node) > 1 or value.dtype not in SUMMED):
+            raise Inseparable("a sum that is something else as well")
     output = parting.graph.output(tuple(local))
     output.meta = {"val": tuple(None if node is None else node.meta["val"] for node in local)}
     graph = GraphModule(torch.nn.Module(), parting.graph)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
-    return Part(graph, [node.meta["val"] for node in _holders(graph)], takes, gives)
+    wholes = [None if node is None else node.meta["val"] for node in outs]
+    return Part(graph, [node.meta["val"] for node in _holders(graph)], takes, gives, wholes)
+
+
+def _cell(node: Node) -> int:
+    return node.meta["val"].untyped_storage()._cdata

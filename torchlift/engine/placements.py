@@ -42,6 +42,8 @@ Found = tuple[Any, dict[str, Any], Placement]  # arguments for a part, and how t
 
 def carried(shape: Sequence[int], rows: Rows, new: Sequence[int], parts: int) -> Rows:
     """Where the ``rows`` of a tensor of ``shape`` are when it is viewed as ``new``."""
+    if 0 in shape:
+        raise Inseparable("empty")
     before = math.prod(shape[: rows.dim]) * rows.blocks
     length = shape[rows.dim] // rows.blocks
     outer = 1
@@ -231,7 +233,7 @@ def _bounds(node: Node) -> tuple[Node, int, int, int]:
     x, dim, lo, hi, *_ = (*node.args, *(0, None, None)[len(node.args) - 1 :])  # type: ignore[misc]
     size = int(x.meta["val"].shape[dim])  # type: ignore[union-attr]
     lo, hi = (0 if lo is None else int(lo)), (size if hi is None else int(hi))  # type: ignore[arg-type]
-    lo, hi = (n + size if n < 0 else min(n, size) for n in (lo, hi))
+    lo, hi = (max(n + size, 0) if n < 0 else min(n, size) for n in (lo, hi))
     return x, int(dim) % x.meta["val"].ndim, lo, hi  # type: ignore[return-value, arg-type, union-attr]
 
 
@@ -312,7 +314,8 @@ def _factors(s: Places, a: Placement, b: Placement, ndim: int) -> tuple[Placemen
         return Rows(column, b.blocks), b, SUM
     elif ndim == 3 and len(rows := {a, b} - {None}) == 1:
         (both,) = rows
-        return both, both, both
+        if isinstance(both, Rows) and both.dim == 0:
+            return both, both, both
     raise Inseparable(f"a product of {a} and {b}")
 
 
@@ -392,13 +395,12 @@ _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 @rule_for(_FLASH, aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
 def _attention(s: Places, node: Node) -> Found:
-    tensors = [arg for arg in node.args if isinstance(arg, Node)]
-    places = {s.places[arg] for arg in tensors}
-    if places == {None}:
-        return s.here(node.args), s.here(node.kwargs), None
+    places = {s.places[arg] for arg in node.all_input_nodes}
     dropout = node.args[3 if node.target is _FLASH else 6 :][:1]
     if not places <= {None, Rows(0)} or any(dropout) or any(isinstance(value, Node) for value in node.kwargs.values()):
         raise Inseparable(f"attention of {places}")
+    if places == {None}:
+        return s.here(node.args), dict(node.kwargs), None
     return torch.fx.node.map_arg(node.args, lambda arg: s.want(arg, Rows(0))), dict(node.kwargs), Rows(0)
 
 

@@ -6,7 +6,7 @@ and what one thread made and another frees takes a lock that both then wait for.
 So the thread that calls a program makes all memory: a tensor for each result, one for all that is saved for backward,
 and a block that is lent for the time of the call. Where in it each buffer lies is decided here. The C++ that Inductor
 writes for a graph is one statement after the other, so a buffer is in use from where it is made to the last statement
-with a name of it, or of what was made of it. A line that is not understood leaves all memory as it was.
+with a name of it, or of what was made of it. Of a program with a line that is not understood no part is computed.
 
 A block of half a megabyte would go back to the system at every call as well, until the process has freed something
 larger; from then on glibc keeps so much (the dynamic threshold of mallopt(3)). So a program begins with freeing 31 MB,
@@ -25,9 +25,14 @@ _MADE = re.compile(
     r"cached_torch_device_type_cpu, 0, &(\w+)\)"
 )
 _ARRAY = re.compile(r"static constexpr int64_t (\w+)\[\] = \{([-\dL, ]*)\};")
-_NEW = re.compile(r"\bauto (\w+) =|&(\w+)|RAIIAtenTensorHandle (\w+)\(")
+_NEW = re.compile(r"\bauto[&*\s]+(\w+) =|&(\w+)|RAIIAtenTensorHandle (\w+)\(")
 _OUTPUT = re.compile(r"output_handles\[(\d+)\]")
 _AGAIN = re.compile(r"output_handles\[(\d+)\] = output_handles\[(\d+)\]")
+_GIVEN = re.compile(r"output_handles\[(\d+)\] = (\w+)\.release\(\);")
+_SAME = re.compile(r"auto (\w+) = std::move\((\w+)\);|RAIIAtenTensorHandle (\w+)\((\w+)\);")
+_VIEW = re.compile(
+    r"auto (\w+) = wrap_with_raii_handle_if_needed\(reinterpret_tensor_wrapper\((\w+), \d+, \w+, \w+, (\d+)L\)\);"
+)
 _ALIGNED = 64  # bytes, as torch aligns them
 
 
@@ -47,18 +52,28 @@ class Buffer:
     at: int = 0  # its first byte in the block
 
     @property
-    def bytes(self) -> int:
+    def used(self) -> int:
+        """Bytes from its first number to its last."""
         last = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides))
-        return -(-(last + 1) * getattr(torch, self.dtype).itemsize // _ALIGNED) * _ALIGNED
+        return (last + 1) * int(getattr(torch, self.dtype).itemsize)
+
+    @property
+    def bytes(self) -> int:
+        """So many that what comes next is aligned."""
+        return -(-self.used // _ALIGNED) * _ALIGNED
 
 
 @dataclass
 class Shelf:
-    """The program that takes its memory, and what it takes: kept buffers in their order, and the size of the block."""
+    """The program that takes its memory, and what it takes: kept buffers in their order, and the size of the block.
+
+    ``views``: of outputs that are known to be views of one buffer, which one and their first number in it.
+    """
 
     code: str
     kept: list[Buffer]
     bytes: int
+    views: dict[int, tuple[Buffer, int]]
 
 
 def shelve(code: str) -> Shelf | None:
@@ -67,6 +82,8 @@ def shelve(code: str) -> Shelf | None:
     arrays = {name: [int(n.strip(" L")) for n in text.split(",") if n.strip()] for name, text in _ARRAY.findall(code)}
     buffers: list[Buffer] = []
     owners: dict[str, set[int]] = {}  # of a name: the buffers whose memory it may stand for
+    places: dict[str, tuple[int, int]] = {}  # of a name: the buffer it is a view of, its first number there
+    given: dict[int, tuple[int, int]] = {}
     for number, line in enumerate(lines):
         statement = line.split("//")[0].strip()
         if not statement:
@@ -82,7 +99,17 @@ def shelve(code: str) -> Shelf | None:
             if not all(shape) or min(shape[0]) < 1 or min(shape[1]) < 0:
                 return None
             found.add(len(buffers))
+            places[handle] = len(buffers), 0
             buffers.append(Buffer(number, made[0], f"{ndim}, {sizes}, {strides}", *shape, dtype, handle))
+        for names in _SAME.findall(line):
+            new, old = filter(None, names)
+            if old in places:
+                places[new] = places[old]
+        for new, old, step in _VIEW.findall(line):
+            if old in places:
+                places[new] = places[old][0], places[old][1] + int(step)
+        if (out := _GIVEN.search(line)) and out[2] in places:
+            given[int(out[1])] = places[out[2]]
         if again := _AGAIN.search(line):
             found = {i for i, buffer in enumerate(buffers) if int(again[2]) in buffer.outputs}
         for names in _NEW.findall(line):
@@ -104,7 +131,7 @@ def shelve(code: str) -> Shelf | None:
                 f"&{buffer.handle})"
             )
         lines[buffer.line] = lines[buffer.line].replace(buffer.call, new)
-    return Shelf("\n".join(lines), kept, total)
+    return Shelf("\n".join(lines), kept, total, {i: (buffers[at], step) for i, (at, step) in given.items()})
 
 
 def _place(buffers: list[Buffer]) -> int:
