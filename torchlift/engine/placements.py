@@ -239,21 +239,27 @@ def _bounds(node: Node) -> tuple[Node, int, int, int]:
 
 @rule_for(aten.cat.default)
 def _cat(s: Places, node: Node) -> Found:
-    members: Any = node.args[0]
-    dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % node.meta["val"].ndim  # type: ignore
+    members, dim = _members(node)
     places = [s.places[m] for m in members]
     if all(place == places[0] for place in places) and not isinstance(places[0], Rows):
-        return s.here(node.args), {}, places[0]
+        return (s.here(members), dim), {}, places[0]
     rows = next((place for place in places if isinstance(place, Rows)), None)
     if rows is None:
         raise Inseparable(f"{node} of {places}")
     if rows.dim != dim:
         return ([s.want(m, rows) for m in members], dim), {}, rows
-    along = [place for place in places if isinstance(place, Rows) and place.dim == dim]
-    block = {s.shape(m)[dim] // place.blocks for m, place in zip(members, along)}
-    if len(along) != len(members) or len(block) != 1:
-        raise Inseparable(f"{node} of {places}")
-    return (s.here(members), dim), {}, Rows(dim, sum(place.blocks for place in along))
+    # Along the rows there are as many blocks of equal size as all members have.
+    block = s.shape(members[places.index(rows)])[dim] // rows.blocks
+    if any(s.shape(m)[dim] % block for m in members):
+        raise Inseparable(f"{node} of blocks of other sizes")
+    blocks = [s.shape(m)[dim] // block for m in members]
+    return ([s.want(m, Rows(dim, n)) for m, n in zip(members, blocks)], dim), {}, Rows(dim, sum(blocks))
+
+
+def _members(node: Node) -> tuple[list[Node], int]:
+    """What is put together, and in which dimension."""
+    args: Any = node.args
+    return list(args[0]), (args[1] if len(args) > 1 else node.kwargs.get("dim", 0)) % node.meta["val"].ndim
 
 
 @rule_for(aten.slice_scatter.default, aten.select_scatter.default)
@@ -430,8 +436,10 @@ def sources_of(s: Places, node: Node, rows: Rows) -> list[tuple[Node, Rows]]:
         block = s.shape(node)[dim] // rows.blocks
         if s.shape(x)[dim] % block == 0:
             return [(x, Rows(dim, s.shape(x)[dim] // block))]
-    if RULES.get(op) is _within:
+    if RULES.get(op) in (_within, _split, _item):
         return [(x, rows)]
+    if op is aten.cat.default and _members(node)[1] != rows.dim:
+        return [(member, rows) for member in _members(node)[0]]
     if op in (aten.mm.default, aten.bmm.default, aten.addmm.default):
         a, b = node.args[-2:]
         ndim = node.meta["val"].ndim
