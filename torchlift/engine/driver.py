@@ -42,6 +42,7 @@ _AFTER = """
 #include <c10/core/InferenceMode.h>
 #include <omp.h>
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <exception>
 #include <stdexcept>
@@ -52,6 +53,8 @@ struct Input { Kind kind; int64_t ndim; const int64_t* sizes; const int64_t* str
 struct Output {
     Kind kind; int64_t ndim; const int64_t* sizes; const int64_t* strides; int32_t dtype; int64_t blocks; int64_t bytes;
 };
+// A program keeps the block that it lends up to this size: memory it has just used is the fastest there is.
+constexpr int64_t SPARE = 4 << 20;
 enum Home { RESULT, SAVED, LENT, SUMMAND };
 struct Buffer {
     Home home; int64_t ndim; const int64_t* sizes; const int64_t* strides; int32_t dtype;
@@ -90,7 +93,7 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
     constexpr int PARTS = %(parts)d, INPUTS = %(count)d, OUTPUTS = %(made)d, KEPT = %(kept)d;
     constexpr int HANDLES = %(handles)d;
     constexpr bool TAKES_PACK = %(unpacked)s, GIVES_PACK = %(packed)s;
-    constexpr int64_t PACK_STEP = %(step)d, SAVED_NUMBERS = %(saved)d, LENT_BYTES = %(lent)d;
+    constexpr int64_t PACK_STEP = %(step)d, SAVED_NUMBERS = %(saved)d, LENT_BYTES = %(lent)d, SUMMED_BYTES = %(summed)d;
 %(tables)s
     Handle given[PARTS][INPUTS], made[PARTS][OUTPUTS]{}, whole[OUTPUTS]{};
     for (int i = 0; i < OUTPUTS; i++) {
@@ -105,9 +108,12 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
     }();
     (void)grown;
     Handle shelves[PARTS][KEPT + 1]{}, saved = nullptr, lent = nullptr;
-    const int64_t numbers = PARTS * SAVED_NUMBERS, bytes = PARTS * LENT_BYTES, step = 1;
+    const int64_t numbers = PARTS * SAVED_NUMBERS, step = 1;
+    const int64_t bytes = PARTS * LENT_BYTES + (PARTS - 1) * SUMMED_BYTES;
     if (SAVED_NUMBERS > 0) saved = make(1, &numbers, &step, aoti_torch_dtype_float32());
-    if (bytes > 0) lent = make(1, &bytes, &step, aoti_torch_dtype_uint8());
+    static std::atomic<Handle> spare{nullptr};
+    if (bytes > 0 && bytes <= SPARE) lent = spare.exchange(nullptr);
+    if (bytes > 0 && !lent) lent = make(1, &bytes, &step, aoti_torch_dtype_uint8());
     for (int part = 0; part < PARTS; part++) {
         for (int i = 0; i < KEPT; i++) {
             const Buffer& buffer = buffers[i];
@@ -117,8 +123,10 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                     saved, buffer.ndim, buffer.sizes, buffer.strides, part * SAVED_NUMBERS + buffer.at, made));
                 std::memset(data(*made) + buffer.used, 0, buffer.bytes - buffer.used);  // hooks may look at all of it
             } else if (buffer.home == LENT || (buffer.home == SUMMAND && part > 0)) {
+                const int64_t start =
+                    buffer.home == LENT ? part * LENT_BYTES : PARTS * LENT_BYTES + (part - 1) * SUMMED_BYTES;
                 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-                    data(lent) + part * LENT_BYTES + buffer.at, buffer.ndim, buffer.sizes, buffer.strides, 0,
+                    data(lent) + start + buffer.at, buffer.ndim, buffer.sizes, buffer.strides, 0,
                     buffer.dtype, aoti_torch_device_type_cpu(), 0, made));
             } else {
                 *made = make(buffer.ndim, buffer.sizes, buffer.strides, buffer.dtype);
@@ -220,6 +228,7 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
         }
         if (!failure && kind == ROWS) *output_handles++ = whole[i];
     }
+    if (bytes <= SPARE) lent = spare.exchange(lent);
     if (lent) aoti_torch_delete_tensor_object(lent);
     if (saved && !failure && GIVES_PACK) *output_handles++ = saved;
     else if (saved) aoti_torch_delete_tensor_object(saved);
@@ -274,18 +283,17 @@ class Driver:
             raise RuntimeError("Inductor writes more than one statement after the other")
         tables: list[str] = []
         homes = [self._home(buffer) for buffer in shelf.kept]
-        at, saved, lent = [], 0, shelf.bytes
+        sizes, at = {"SAVED": 0, "LENT": shelf.bytes, "SUMMAND": 0, "RESULT": 0}, []
         for buffer, home in zip(shelf.kept, homes):
-            at.append({"SAVED": saved, "RESULT": 0}.get(home, lent))
-            saved += buffer.bytes // 4 if home == "SAVED" else 0
-            lent += buffer.bytes if home in ("LENT", "SUMMAND") else 0
+            at.append(sizes[home])
+            sizes[home] += buffer.bytes // (4 if home == "SAVED" else 1)
         for i, (buffer, first) in shelf.views.items():
             value, place = self.outputs[i]
             if value is None or place != OWN or value.dtype is not torch.float32:
                 continue
             if homes[shelf.kept.index(buffer)] == "SAVED":
                 self.packed[i] = at[shelf.kept.index(buffer)] + first
-        self.called, self.pack_step = True, saved
+        self.called, self.pack_step = True, sizes["SAVED"]
         rows = [
             f"{{{home}, {len(buffer.sizes)}, {_numbers(f'buffer{i}', buffer.sizes, buffer.strides, tables)}, "
             f"aoti_torch_dtype_{buffer.dtype}(), {at[i]}, {buffer.used}, {buffer.bytes}}}"
@@ -308,8 +316,9 @@ class Driver:
             "unpacked": str(unpacked > 0).lower(),
             "packed": str(bool(self.packed)).lower(),
             "step": self.step,
-            "saved": saved,
-            "lent": lent,
+            "saved": sizes["SAVED"],
+            "lent": sizes["LENT"],
+            "summed": sizes["SUMMAND"],
         }
         after = _AFTER % (numbers | {"tables": "\n".join("    " + table for table in tables)})
         return "".join([head, _BEFORE, signature, shelf.code, end, rest, after])

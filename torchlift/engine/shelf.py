@@ -4,9 +4,10 @@ NOTE [Shelves]. A thread's own heap is no place for what the threads of a progra
 heaps of 64 MB and returns each to the system as soon as it is empty, to clear every page of it anew at the next call;
 and what one thread made and another frees takes a lock that both then wait for. Either cost what the threads had won.
 So the thread that calls a program makes all memory: a tensor for each result, one for all that is saved for backward,
-and a block that is lent for the time of the call. Where in it each buffer lies is decided here. The C++ that Inductor
-writes for a graph is one statement after the other, so a buffer is in use from where it is made to the last statement
-with a name of it, or of what was made of it. Of a program with a line that is not understood no part is computed.
+and a block that is lent for the time of the call, and kept for the next if it is small. Where in it each buffer lies is
+decided here. The C++ that Inductor writes for a graph is one statement after the other, so a buffer is in use from
+where it is made to the last statement with a name of it, or of what was made of it. Of a program with a line that is
+not understood no part is computed.
 
 A block of half a megabyte would go back to the system at every call as well, until the process has freed something
 larger; from then on glibc keeps so much (the dynamic threshold of mallopt(3)). So a program begins with freeing 31 MB,
