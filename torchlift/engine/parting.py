@@ -112,16 +112,16 @@ class Parting:
         """``arg`` of the old graph in the new one, as it is placed."""
         return torch.fx.node.map_arg(arg, self.local.__getitem__)
 
-    def want(self, node: Node, rows: Rows | None) -> Node:
-        """The share ``rows`` of ``node``, which is placed so or could be; None: the whole."""
-        place = self.places[node]
-        if place == rows:
+    def want(self, node: Node, place: Placement) -> Node:
+        """``node`` in the new graph, placed as ``place`` says, which it is or could be."""
+        found = self.places[node]
+        if found == place:
             return self.local[node]
-        if place is not None or rows is None:
-            raise Inseparable(f"{node} is placed {place}, wanted {rows}")
-        if (node, rows) not in self.made:
-            self.made[node, rows] = self._share_out(node, rows)
-        return self.made[node, rows]
+        if found is not None or not isinstance(place, Rows):
+            raise Inseparable(f"{node} is placed {found}, wanted {place}")
+        if (node, place) not in self.made:
+            self.made[node, place] = self._share_out(node, place)
+        return self.made[node, place]
 
     def _share_out(self, node: Node, rows: Rows) -> Node:
         if node.op == "placeholder":

@@ -73,8 +73,8 @@ class Places(Protocol):
     def here(self, arg: Any) -> Any:
         """``arg`` in the new graph, as it is placed."""
 
-    def want(self, node: Node, rows: Rows | None) -> Node:
-        """The share ``rows`` of ``node``, in the new graph; None: the whole."""
+    def want(self, node: Node, place: Placement) -> Node:
+        """``node`` in the new graph, placed as ``place`` says."""
 
 
 # Rules: the operator's arguments for a part, and how what it gives is placed ------------------------------------------
@@ -145,6 +145,9 @@ def _linear(s: Places, node: Node) -> Placement:
     raise Inseparable(f"{node.target} of a sum")
 
 
+RULES[aten._to_copy.default] = _pointwise  # which torch does not say of it
+
+
 @rule_for(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(s: Places, node: Node) -> Found:
     (x, *_), new = node.args, s.shape(node)
@@ -179,7 +182,6 @@ def _order(node: Node) -> list[int]:
     return order
 
 
-RULES[aten._to_copy.default] = _pointwise
 RULES.update(dict.fromkeys([aten.permute.default, aten.t.default, aten.transpose.int], _moved(_order)))
 
 
@@ -299,7 +301,7 @@ def _split(s: Places, node: Node) -> Found:
 def _product(s: Places, node: Node) -> Found:
     a, b = node.args
     left, right, place = _factors(s, s.places[a], s.places[b], node.meta["val"].ndim)  # type: ignore[index]
-    return (s.want(a, left) if left != SUM else s.here(a), s.want(b, right) if right != SUM else s.here(b)), {}, place  # type: ignore
+    return (s.want(a, left), s.want(b, right)), {}, place  # type: ignore[arg-type]
 
 
 def _factors(s: Places, a: Placement, b: Placement, ndim: int) -> tuple[Placement, Placement, Placement]:
