@@ -125,8 +125,8 @@ def in_turn(layers):
     return run
 
 
-def check(layers, *inputs, tolerance=1e-10):
-    got, expected = grads_of(scan_layers(layers), *inputs), grads_of(in_turn(nn.ModuleList(layers)), *inputs)
+def check(layers, *inputs, tolerance=1e-10, **given):
+    got, expected = grads_of(scan_layers(layers, **given), *inputs), grads_of(in_turn(nn.ModuleList(layers)), *inputs)
     assert last_report().path == "compiled", last_report()
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -276,6 +276,12 @@ def test_small_work_and_large_weights_are_not_divided(divisions, monkeypatch):
     monkeypatch.setattr(parts, "SHARED", 100)
     check([Block() for _ in range(2)], rand(4, 6, 8))
     assert divisions == [False, False]
+
+
+def test_layers_in_one_graph_weigh_as_one(divisions, monkeypatch):
+    monkeypatch.setattr(parts, "SHARED", 150)  # of the four products the largest has 192
+    check([Block() for _ in range(4)], rand(4, 5, 8), unroll=4)
+    assert divisions == [True]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import nn
 
 from torchlift import scan
 from torchlift.engine import capture
+from torchlift.engine.plan import unroll_of
 from torchlift.engine.run import last_report
 
 __all__ = ["packed"]  # a fixture
@@ -115,6 +116,23 @@ def test_draws_keep_their_order():
         lifted = scan(Noisy.forward, variable_broadcast="params", split_rngs={"dropout": True}, **settings)
         found.append(lifted(module, starts(4, 2), x)[1])
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("consts", "x", "length", "expected"),
+    [
+        ([(8, 8), (8, 8), (8,), (8,)], [(8,)], 100, 16),  # a cell
+        ([(8, 8)] * 8, [(8,)], 100, 8),
+        ([(8, 8), (8,)], [(8,)], 10, 10),
+        ([(3, 1)], [(8,)], 7, 7),
+        ([], [(64, 64), (64,)], 12, 4),  # stacked layers
+        ([(8,)], [(64, 64), (64,)], 9, 3),
+        ([], [(64, 64)], 7, 1),
+        ([], [(1024, 1024), (1024,)], 12, 1),
+    ],
+)
+def test_auto_is_sixteen_steps_of_a_cell_and_four_small_layers(consts, x, length, expected):
+    assert unroll_of("auto", length, [torch.empty(s) for s in consts], [torch.empty(s) for s in x]) == expected
 
 
 def test_a_loop_inside_an_outer_graph_unrolls_evenly():

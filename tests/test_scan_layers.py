@@ -21,6 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "plain": {"compile": False},
     "compiled": {"compile": AOT},
     "unrolled": {"compile": AOT, "unroll": 4},
+    "auto": {"compile": AOT, "unroll": "auto"},
     "remat": {"compile": AOT, "remat": True},
     "remat plain": {"compile": False, "remat": True},
     "every": {"compile": AOT, "remat": True, "every": 4},
@@ -103,6 +104,25 @@ def test_compiles_once_whatever_the_depth() -> None:
         return torchlift.explain(scanned, torch.randn(3, 5))[0].compilations
 
     assert compilations(2) == compilations(9)
+
+
+@pytest.mark.parametrize(
+    ("given", "depth", "width", "nodes"),
+    [
+        ({"unroll": "auto"}, 8, 5, 2),
+        ({"unroll": "auto"}, 9, 5, 3),
+        ({"unroll": "auto"}, 7, 5, 7),  # no graph of another size for what would be left
+        ({"unroll": "auto"}, 4, 1024, 4),
+        ({"unroll": "auto", "remat": True}, 8, 5, 8),
+        ({"unroll": 3}, 6, 5, 2),
+    ],
+)
+def test_unroll_is_how_many_layers_make_the_one_graph(given: Any, depth: int, width: int, nodes: int) -> None:
+    scanned = torchlift.scan_layers([Block(width) for _ in range(depth)], compile=AOT, **given)
+    x = torch.randn(3, width)
+    before = torchlift.explain(scanned, torch.randn(2, width))[0].compilations
+    report = torchlift.explain(scanned, x)[0]
+    assert report.path == "compiled" and report.nodes == nodes and before == 1
 
 
 class WithExtra(nn.Linear):

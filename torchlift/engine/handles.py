@@ -251,7 +251,7 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Han
             f"{body.name}: the body reads a tensor of shape {tuple(closures[0].shape)} by a closure or an attribute, "
             "which a compiled graph around the loop would not see change; pass it as an argument or register a buffer"
         )
-    unroll = unroll_of(settings["unroll"], spec.length, one[:c] if spec.stacked else [], even=True)
+    unroll = unroll_of(settings["unroll"], spec.length, one[:c] if spec.stacked else [], one[c + h :], even=True)
     if unroll > 1 and not pieces and spec.length % unroll == 0 and not settings["shared_draws"]:
         count = 1 if spec.stacked else unroll
         packed = unroll if spec.stacked else 0

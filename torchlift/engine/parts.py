@@ -28,8 +28,9 @@ from torchlift.engine.placements import SUM, Inseparable, Placement, Rows
 from torchlift.engine.signature import Graphs
 
 aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 MOST = 4  # threads; more were not measured
-SHARED = 2**17  # numbers in the weights: every thread reads all of them, and has a gradient for each to be summed
+SHARED = 2**15  # numbers in the weights of a product: every thread reads all, and has a gradient for each to be summed
 LEAST = 100_000  # numbers computed: to start the threads and to put together what they made takes 20 us
 
 
@@ -104,8 +105,7 @@ def _divide(graphs: Graphs, carries: range, parts: int, dim: int) -> tuple[Part,
             break
         except WantedError as wanted:
             given[wanted.node] = wanted.rows
-    shared = sum(node.meta["val"].numel() for node in holders if forward.places[node] is None)
-    if shared > SHARED or _work(graphs.fw) < LEAST:
+    if _shared(graphs.fw, forward) > SHARED or _work(graphs.fw) < LEAST:
         raise Inseparable("not worth it")
     outs = _outputs(graphs.fw)
     visible, saved = outs[: graphs.outputs], outs[graphs.outputs :]
@@ -126,6 +126,16 @@ def _divide(graphs: Graphs, carries: range, parts: int, dim: int) -> tuple[Part,
     return fw, _part(backward, grads, takes, [None if node is None else backward.places[node] for node in grads])
 
 
+def _shared(graph: GraphModule, parting: Parting) -> float:
+    """Numbers in what all threads read alike, for each product with such: layers in one graph weigh as one."""
+    read = [
+        [a.meta["val"].numel() for a in node.args if isinstance(a, Node) and parting.places[a] is None]
+        for node in graph.graph.nodes
+        if node.target in PRODUCTS
+    ]
+    return sum(map(sum, read)) / max(1, len([some for some in read if some]))
+
+
 def _work(graph: GraphModule) -> int:
     """Numbers that a graph computes, as many as sixteen multiplications in a product take the time of one."""
     work = 0
@@ -136,7 +146,7 @@ def _work(graph: GraphModule) -> int:
             and isinstance(value, torch.Tensor)
             and not getattr(node.target, "is_view", False)
         ):
-            product = node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default)
+            product = node.target in PRODUCTS
             work += value.numel() * (args[-2].meta["val"].shape[-1] if product else 16) // 16
     return work
 

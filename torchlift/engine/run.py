@@ -328,7 +328,7 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
     first = [leaf.detach()[0].requires_grad_(leaf.requires_grad) for leaf in leaves]
     single, closures = job.program([first], [template], job.carry_flags)
     order = range(length)[:: -1 if job.options.reverse else 1]
-    unroll = _unroll(job, single, length)
+    unroll = _unroll(job, lambda: single, length, job.consts, first)
     chunks: list[tuple[Program, range]] = []
     at = 0
     if unroll > 1:
@@ -345,12 +345,14 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
     return job.carry_template.fill(list(outs[:carries])), Stacked(single.ys[0].fill(list(outs[carries:])))
 
 
-def _unroll(job: _Job, program: Program, length: int) -> int:
-    """How many iterations to put in one graph."""
+def _unroll(
+    job: _Job, program: Callable[[], Program], length: int, consts: list[torch.Tensor], x: list[torch.Tensor]
+) -> int:
+    """How many iterations of ``program`` to put in one graph."""
     o = job.options
-    if o.lengths is not None or o.every > 1 or (o.shared_draws and program.random):
+    if o.unroll == 1 or o.lengths is not None or o.every > 1 or (o.shared_draws and program().random):
         return 1
-    return unroll_of(o.unroll, length, job.consts)
+    return unroll_of(o.unroll, length, consts, x)
 
 
 def _names_from(names: Names | None, indices: Sequence[int]) -> Names | None:
@@ -409,8 +411,9 @@ def _list_plans(job: _Job, flat: list[_Split], alike: list[bool]) -> list[_Node]
     flags = job.carry_flags
     pieces = _pieces(o)
     size = max(pieces[0] if pieces else 1, 1)
-    if size == 1 and o.unroll not in (1, "auto"):  # layers, with weights of their own
-        size = _unroll(job, job.program([flat[0][0]], [flat[0][1]], flags)[0], length)
+    # Full remat keeps each carry unless told otherwise.
+    if size == 1 and (o.unroll != "auto" or (o.remat is not True and len({x.tensors for _, x in flat}) == 1)):
+        size = _unroll(job, lambda: job.program([flat[0][0]], [flat[0][1]], flags)[0], length, [], flat[0][0])
     memo: list[tuple[Any, Callable[[], Likeness], tuple[_Node, list[bool]]]] = []  # few: most iterations are alike
     nodes = []
     for at in range(0, length, size):
