@@ -107,6 +107,7 @@ STACKS: dict[str, Callable[[list[nn.Module]], Model]] = {
     "checkpoint": lambda blocks: _chain([_checkpointed(block) for block in blocks]),
     "checkpoint of compiled blocks": lambda blocks: _chain([_checkpointed(torch.compile(block)) for block in blocks]),
     "scan_layers": lambda blocks: torchlift.scan_layers(blocks),
+    "scan_layers, unroll='auto'": lambda blocks: torchlift.scan_layers(blocks, unroll="auto"),
     "scan_layers inside torch.compile": _inside,
     "scan_layers, remat": lambda blocks: torchlift.scan_layers(blocks, remat=True),
     "scan_layers, nested remat": _nested,
