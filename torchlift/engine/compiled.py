@@ -398,10 +398,8 @@ def _capture(
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
         try:
-            carries = range(a, a + signature.carry.tensors) if divided else None
-            fw, bw = compile_graphs(
-                graphs, mode, request.backend, inductor, dense=shapes, native=native, carries=carries
-            )
+            of = signature if divided else None
+            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes, native=native, signature=of)
         except Exception as error:
             raise _NotBuilt(error) from error
         saved_orders = orders_of(graphs.bw_inputs, graphs.feeds, "saved")
@@ -414,6 +412,7 @@ def _capture(
         shared_grads=graphs.shared_grads,
         steps=signature.steps,
         packed=bool(signature.packed),
+        chained=graphs.chained,
         consts=a,
         carries=signature.carry.tensors,
         ys=seen.ys,

@@ -12,10 +12,11 @@ import torch
 from torchlift import _compat
 from torchlift.engine.attention import attend_by_products
 from torchlift.engine.capture import inverse, stride_order
+from torchlift.engine.chains import chains
 from torchlift.engine.gemm import is_for_onednn, tune_products
 from torchlift.engine.native import CALLED, is_native
 from torchlift.engine.parts import Part, divide
-from torchlift.engine.signature import Graphs
+from torchlift.engine.signature import Graphs, Signature
 from torchlift.engine.spans import Placed, place
 from torchlift.errors import OptionError
 
@@ -82,13 +83,13 @@ class PartsError(Exception):
 
 
 def compile_graphs(
-    graphs: Graphs, mode: Any, backend: Backend, inductor: Any, dense: bool, native: bool, carries: range | None
+    graphs: Graphs, mode: Any, backend: Backend, inductor: Any, dense: bool, native: bool, signature: Signature | None
 ) -> tuple[Boxed, Boxed | None]:
     """The forward and the backward of ``graphs``, ready to be called with a list of tensors.
 
     With ``dense`` backward takes saved values that were copied: without gaps, their dimensions in the order they had.
-    With ``native`` C++ may call the kernels, where that is safe. ``carries`` are the inputs that are carried; given
-    them every thread may run a program of its own, for its part of a batch.
+    With ``native`` C++ may call the kernels, where that is safe. Given the ``signature`` every thread may run a program
+    of its own, for its part of a batch.
     """
     if graphs.marks:
         place(graphs.fw, graphs.marks, ahead=inductor is not None)
@@ -102,10 +103,11 @@ def compile_graphs(
     with _compat.autocast_off():  # the graphs have its casts in them already
         both = [graph for graph in (graphs.fw, graphs.bw) if graph is not None]
         parts = dict(backend.options).get("cpp.threads", torch.get_num_threads())
-        if native and carries is not None and parts > 1 and all(is_native(g) and not is_for_onednn(g) for g in both):
+        if native and signature is not None and parts > 1 and all(is_native(g) and not is_for_onednn(g) for g in both):
             try:
-                if (divided := divide(graphs, carries, parts)) is not None:
-                    return _compile_parts(graphs, inductor, *divided, parts)
+                a, carries = signature.consts.tensors, signature.carry.tensors
+                if (divided := divide(graphs, range(a, a + carries), parts)) is not None:
+                    return _compile_parts(graphs, inductor, signature, *divided, parts)
             except Exception as error:
                 raise PartsError from error
         for graph in both:
@@ -129,12 +131,13 @@ def compile_graphs(
 
 
 def _compile_parts(
-    graphs: Graphs, inductor: Any, forward: Part, backward: Part | None, parts: int
+    graphs: Graphs, inductor: Any, signature: Signature, forward: Part, backward: Part | None, parts: int
 ) -> tuple[Boxed, Boxed | None]:
     """The forward and the backward, each a program that every thread runs for its part. See NOTE [Parts]."""
     attend_by_products(forward.graph)
     train = backward is not None
-    drivers = [forward.driver(parts)]
+    first, second = chains(graphs, signature, forward, backward) or (None, None)
+    drivers = [forward.driver(parts, first)]
     with inductor.in_parts(drivers[0]):
         fw, strides = inductor.forward(forward.graph, forward.inputs, graphs.outputs, train, None, CALLED)
     bw = None
@@ -145,12 +148,14 @@ def _compile_parts(
         backward.inputs = list(graphs.bw_inputs)
         attend_by_products(backward.graph)
         places = backward.spread(parts, graphs, drivers[0])
-        drivers.append(backward.driver(parts, places, drivers[0].pack_step))
+        second = None if drivers[0].chain is None else second
+        drivers.append(backward.driver(parts, second, places, drivers[0].pack_step))
         with inductor.in_parts(drivers[1]):
             bw = inductor.backward(backward.graph, backward.inputs, CALLED)
     inductor.finish()
     if not all(driver.called for driver in drivers):
         raise RuntimeError("Inductor took a program of one part from elsewhere")
+    graphs.chained = drivers[0].chain is not None
     return fw, bw
 
 

@@ -105,7 +105,7 @@ class _Gradients:
         self.carry = list(grads[: plan.carries])
         self.ys = grads[plan.carries :]
         self.models = models  # of the outputs of the first chunk, for gradients that are not there
-        self.zeros: dict[tuple[int, bool], torch.Tensor] = {}
+        self.zeros: dict[tuple[int, int | None], torch.Tensor] = {}
         self.sums: list[torch.Tensor | None] = [None] * (plan.consts + plan.closures)
         self.xs: list[list[torch.Tensor | None]] = [[None] * plan.length for _ in range(plan.x_tensors)]
         self.stacks: list[torch.Tensor | None] = [None] * plan.x_tensors
@@ -124,13 +124,13 @@ class _Gradients:
     def tangent(self, program: Program, positions: range, i: int) -> torch.Tensor:
         """The gradient of the ``i``-th output of a chunk, laid out as the graph expects it."""
         plan, model = self.run.plan, i
-        row = False  # whether one iteration's is wanted of what the first chunk had of several
+        rows: int | None = None  # how many are wanted of what the first chunk had several of; 0: one by itself
         if i < plan.carries:
             given = self.carry[i]
         elif plan.packed:
-            row = not program.packed
             stack, (first, count) = self.ys[i - plan.carries], plan.rows(positions)
-            given = None if stack is None else stack[first] if row else stack.narrow(0, first, count)
+            rows = count if program.packed else 0
+            given = None if stack is None else stack.narrow(0, first, count) if rows else stack[first]
         else:
             width = program.ys[0].tensors
             step, column = divmod(i - plan.carries, width)
@@ -141,13 +141,13 @@ class _Gradients:
             else:
                 given = self.ys[index * width + column]
             model = plan.carries + column
-        return _laid(self._zero(model, row) if given is None else given, program.tangent_orders[i])
+        return _laid(self._zero(model, rows) if given is None else given, program.tangent_orders[i])
 
-    def _zero(self, i: int, row: bool) -> torch.Tensor:
-        if (i, row) not in self.zeros:
+    def _zero(self, i: int, rows: int | None) -> torch.Tensor:
+        if (i, rows) not in self.zeros:
             zero = _zeros(self.models[i])
-            self.zeros[i, row] = zero[0] if row else zero
-        return self.zeros[i, row]
+            self.zeros[i, rows] = zero if rows is None else zero[:rows] if rows else zero[0]
+        return self.zeros[i, rows]
 
     def step(self, chunk: int, carry: Tensors, saved: list[Any]) -> None:
         """Runs one chunk's backward graph and takes up what it gives."""

@@ -22,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchlift.engine.capture import stride_order
-from torchlift.engine.driver import OWN, SUMMED, Driver
+from torchlift.engine.driver import OWN, SUMMED, Chain, Driver
 from torchlift.engine.parting import Parting, WantedError, dense
 from torchlift.engine.placements import SUM, Inseparable, Placement, Rows
 from torchlift.engine.signature import Graphs
@@ -42,11 +42,13 @@ class Part:
     inputs: list[Any]  # on fakes
     takes: list[Placement]
     gives: list[Placement]
-    wholes: list[Any]  # of each output, that of all parts
+    locals: list[Any]  # of each output, that of the part
+    wholes: list[Any]  # that of all parts
 
-    def driver(self, parts: int, unpacked: Sequence[int | None] = (), step: int = 0) -> Driver:
+    def driver(self, parts: int, chain: Chain | None, unpacked: Sequence[int | None] = (), step: int = 0) -> Driver:
         """What makes the program of this graph one for all parts; it knows the program by the name of an input."""
-        driver = Driver(parts, list(zip(self.inputs, self.takes)), list(zip(self.wholes, self.gives)), unpacked, step)
+        takes, gives = list(zip(self.inputs, self.takes)), list(zip(self.wholes, self.gives))
+        driver = Driver(parts, takes, gives, unpacked, step, chain)
         first = _holders(self.graph)[0]
         first.name = first.target = driver.name
         self.graph.recompile()
@@ -187,7 +189,7 @@ def _part(parting: Parting, outs: list[Any], takes: list[Placement], gives: list
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     wholes = [None if node is None else node.meta["val"] for node in outs]
-    return Part(graph, [node.meta["val"] for node in _holders(graph)], takes, gives, wholes)
+    return Part(graph, [node.meta["val"] for node in _holders(graph)], takes, gives, list(output.meta["val"]), wholes)
 
 
 def _cell(node: Node) -> int:

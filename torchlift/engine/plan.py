@@ -14,6 +14,7 @@ from torchlift.engine.capture import stride_order
 from torchlift.engine.graphs import Boxed
 from torchlift.engine.trees import Template
 
+TURNS = 8  # of a chained program in one call: what they save is freed at once
 SMALL = 2**20  # numbers in the weights of a layer, or in what else an iteration takes
 
 
@@ -39,6 +40,7 @@ class Program:
     saved_bytes: int
     recomputed: int
     packed: bool = False
+    chained: bool = False  # takes the xs of any number of times as many steps
     closures: int = 0
     shapes: torch.fx.GraphModule | None = None  # the forward, to infer shapes with
     grads: list[bool] = field(default_factory=list)  # per input: whether backward gives it a gradient

@@ -21,10 +21,10 @@ from torchlift.engine.forms import Likeness
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
 from torchlift.engine.nested import nested_run
-from torchlift.engine.node import Loop, run_forward, run_single
+from torchlift.engine.node import Loop, Tensors, run_forward, run_single
 from torchlift.engine.offload import carries_on_host
 from torchlift.engine.plain import why_not
-from torchlift.engine.plan import Plan, Program, pieces_of, unroll_of
+from torchlift.engine.plan import TURNS, Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
 from torchlift.engine.remat import captures_body
 from torchlift.engine.signature import Signature
@@ -334,9 +334,10 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
     if unroll > 1:
         pack = [rows_of(leaf.detach())(0, unroll).requires_grad_(leaf.requires_grad) for leaf in leaves]
         several, _ = job.program([pack], [template], job.carry_flags, packed=unroll)
-        while at + unroll <= length:
-            chunks.append((several, range(at, at + unroll)))
-            at += unroll
+        turns = TURNS if several.chained and not _pieces(job.options) else 1
+        while count := min(turns, (length - at) // unroll):
+            chunks.append((several, range(at, at + count * unroll)))
+            at += count * unroll
     chunks += [(single, range(i, i + 1)) for i in range(at, length)]
     plan = _plan(job, chunks, order, closures, [template] * length, True, _pieces(job.options))
     outs = _call(plan, job.names if single.marks else None, [*job.consts, *closures, *job.carry, *leaves])
@@ -345,9 +346,7 @@ def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, leng
     return job.carry_template.fill(list(outs[:carries])), Stacked(single.ys[0].fill(list(outs[carries:])))
 
 
-def _unroll(
-    job: _Job, program: Callable[[], Program], length: int, consts: list[torch.Tensor], x: list[torch.Tensor]
-) -> int:
+def _unroll(job: _Job, program: Callable[[], Program], length: int, consts: Tensors, x: Tensors) -> int:
     """How many iterations of ``program`` to put in one graph."""
     o = job.options
     if o.unroll == 1 or o.lengths is not None or o.every > 1 or (o.shared_draws and program().random):

@@ -57,6 +57,7 @@ class Graphs:
     recomputed: int = 0
     grads: list[bool] = field(default_factory=list)  # per input: whether it gets a gradient
     marks: list[tuple[str, int] | None] = field(default_factory=list)  # of the spans in the forward; see ``Recorder``
+    chained: bool = False  # whether, compiled, they take any number of packs one behind the other
 
 
 def unrolled(body: Body, signature: Signature) -> Callable[..., tuple[Tree, list[Tree]]]:
