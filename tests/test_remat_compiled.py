@@ -91,6 +91,18 @@ class Attention(nn.Module):
         return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
+@pytest.mark.parametrize("given", [{"remat": True}, {"lengths": (2, 2)}], ids=str)
+def test_views_that_are_computed_again_inside_a_graph_keep_their_gaps(given):
+    """Backward takes q, k and v as forward lays them out, parts of one product, and not as copies of them."""
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float32, requires_grad=True)
+    layers = scan_layers([Attention().float() for _ in range(4)], **given)
+    results = []
+    for run in (torch.compile(layers, fullgraph=True, **AOT), scan_layers(list(layers), compile=False)):
+        out = run(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layers.parameters()])])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("policy", [None, CP.dots_saveable, CP.nothing_saveable], ids=lambda p: p and p.__name__)
 @pytest.mark.parametrize("where", ["around the layers", "inside of a layer"])
 def test_attention_without_dropout_is_computed_again(where, policy):

@@ -19,11 +19,11 @@ from torchlift import _compat
 from torchlift.engine import capture, kept, spans
 from torchlift.engine.capture import CaptureError, KeptTensorError, stride_order
 from torchlift.engine.forms import Forms
-from torchlift.engine.graphs import Backend, PartsError, compile_graphs, surroundings
+from torchlift.engine.graphs import Backend, PartsError, compile_graphs, saved_bytes, surroundings
 from torchlift.engine.inlining import inlining, noting_nested
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Program, orders_of
-from torchlift.engine.signature import Graphs, Signature, unrolled
+from torchlift.engine.signature import Signature, unrolled
 from torchlift.errors import TorchliftError
 
 log = logging.getLogger(__name__)
@@ -333,15 +333,22 @@ def _dynamic_dims(request: Request, family: _Family, sizes: tuple[torch.Size, ..
 
 
 def capture_program(
-    request: Request, dims: list[frozenset[int]], closures: list[torch.Tensor], shapes: bool = False
+    request: Request,
+    dims: list[frozenset[int]],
+    closures: list[torch.Tensor],
+    shapes: bool = False,
+    dense: bool = False,
 ) -> Variant:
-    """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with."""
+    """A new program, with the dimensions ``dims`` symbolic; ``shapes`` keeps a graph to infer shapes with.
+
+    ``dense``: what backward is given as saved is a copy; not so where it is computed again.
+    """
     undecided = request.backend.inductor and request.backend.native is None
     native = undecided and all(t.device.type == "cpu" for t in request.tensors)
     divided = native and not shapes  # what other graphs take up as saved is one value each
     while True:
         try:
-            return _capture(request, dims, closures, shapes, native, divided)
+            return _capture(request, dims, closures, shapes, dense, native, divided)
         except _NotBuilt as failure:
             if _compat.doubt_processor(failure.error):  # once
                 continue
@@ -365,6 +372,7 @@ def _capture(
     dims: list[frozenset[int]],
     closures: list[torch.Tensor],
     shapes: bool,
+    dense: bool,
     native: bool,
     divided: bool,
 ) -> Variant:
@@ -394,14 +402,21 @@ def _capture(
         )
         orders = orders_of(graphs.bw_inputs, graphs.feeds, "tangent")
         tangent_orders = {i: None if order == sorted(order) else order for i, order in orders.items()}
-        saved = _saved_bytes(graphs)
+        saved = saved_bytes(graphs)
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
         try:
             of = signature if divided else None
-            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense=shapes, native=native, signature=of)
+            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense, native, of)
         except Exception as error:
             raise _NotBuilt(error) from error
+        rowwise = graphs.chained and signature.rowwise
+        if rowwise:  # gradients of ys come in stacks
+            carries = signature.carry.tensors
+            tangent_orders = {
+                i: order if order is None or i < carries else [0, *(dim + 1 for dim in order)]
+                for i, order in tangent_orders.items()
+            }
         saved_orders = orders_of(graphs.bw_inputs, graphs.feeds, "saved")
     compilations[request.body.key] += 1
     program = Program(
@@ -411,8 +426,9 @@ def _capture(
         tangent_orders=tangent_orders,
         shared_grads=graphs.shared_grads,
         steps=signature.steps,
-        packed=bool(signature.packed),
+        packed=bool(signature.packed) or graphs.chained,
         chained=graphs.chained,
+        rowwise=rowwise,
         consts=a,
         carries=signature.carry.tensors,
         ys=seen.ys,
@@ -429,12 +445,3 @@ def _capture(
     guards = _compat.guards_of(mode, fakes) if symbolic else None
     likes = [_closure_key(t, request) for t in closures]
     return Variant(program, likes, mode if symbolic else None, guards, symbolic)
-
-
-def _saved_bytes(graphs: Graphs) -> int:
-    """Bytes that pass from forward to backward in one call, less those of its inputs."""
-    total = 0
-    for value, (kind, _) in zip(graphs.bw_inputs, graphs.feeds):
-        if kind == "saved" and isinstance(value, torch.Tensor):
-            total += _compat.size_hint(value.numel()) * value.element_size()
-    return total

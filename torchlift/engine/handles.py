@@ -266,7 +266,7 @@ def _make(body: Body, spec: Spec, metas: tuple[_Meta, ...], nested: bool) -> Han
         )  # fmt: skip
     else:
         unroll = 1
-    variant = capture_program(request, dims, [], shapes=True)
+    variant = capture_program(request, dims, [], shapes=True, dense=not pieces)
     program = variant.program
     order = range(spec.length)[:: -1 if settings["reverse"] else 1]
     chunks = [(program, range(at, at + unroll)) for at in range(0, spec.length, unroll)]
