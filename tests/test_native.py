@@ -165,3 +165,9 @@ def test_native_graphs_run_in_threads():
     with ThreadPoolExecutor(4) as pool:
         outs = list(pool.map(lambda _: layers(X), range(20)))
     assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_dtypes_that_do_not_fit_are_told_as_torch_tells_them():
+    layers = torchlift.scan_layers([nn.Linear(4, 4) for _ in range(3)])
+    with pytest.raises(RuntimeError, match="mat1 and mat2 must have the same dtype, but got Double and Float"):
+        layers(torch.ones(2, 4, dtype=torch.float64))

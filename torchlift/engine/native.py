@@ -27,6 +27,7 @@ CALLED = frozenset(
     "mm addmm bmm baddbmm convolution convolution_backward native_dropout"
     " _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward".split()
 )
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 _KNOWN = CALLED | frozenset(" ".join([_SUMS, _MADE, _MOVED, _PICKED]).split())
 _ON_SIZES = frozenset({operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod})
 
@@ -49,6 +50,8 @@ def _is_native(node: torch.fx.Node) -> bool:
     name = op.overloadpacket.__name__
     known = torch.Tag.pointwise in op.tags or op.is_view or name in _KNOWN or name.startswith("sym_")
     lowered = name in CALLED or not _compat.is_inductor_fallback(op)
+    if name in _PRODUCTS and len({arg.meta["val"].dtype for arg in node.args if isinstance(arg, torch.fx.Node)}) > 1:
+        return False  # an error, of which C++ would tell no more than that there is one
     return known and lowered and _fits(node.meta.get("val"))
 
 
