@@ -14,7 +14,7 @@ from measure import saved_bytes
 from torch import Tensor, nn
 
 import torchlift
-from torchlift import LayerMismatchError, TorchliftCompileWarning, TransformTargetError
+from torchlift import LayerMismatchError, OptionError, TorchliftCompileWarning, TransformTargetError
 
 AOT = {"backend": "aot_eager"}
 MODES: dict[str, dict[str, Any]] = {
@@ -308,8 +308,15 @@ def test_layers_that_run_again_one_by_one_draw_as_a_loop_does(compile):
     assert torch.equal(got, x) and torch.equal(after, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("unroll", [0, "all"])
+def test_an_unroll_without_meaning_is_refused_at_once(unroll):
+    with pytest.raises(OptionError, match=r"scan_layers: unroll \(or 'auto'\) is .*, expected an int from 1 on"):
+        torchlift.scan_layers([nn.Linear(4, 4)], unroll=unroll)
+
+
 def test_a_slice_runs_its_layers_in_the_same_way():
-    layers = torchlift.scan_layers([nn.Linear(4, 4) for _ in range(5)], remat=True, every=2, compile=False)
+    layers = torchlift.scan_layers([nn.Linear(4, 4) for _ in range(5)], every=2, compile=False)  # implies remat
+    assert layers.options()["remat"] is True
     part, x = layers[1:4], torch.randn(2, 4)
     assert type(part) is type(layers) and part.settings() == layers.settings() and part[0] is layers[1]
     torch.testing.assert_close(part(x), layers[3](layers[2](layers[1](x))))

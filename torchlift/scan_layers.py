@@ -35,7 +35,7 @@ from torchlift.layer_calls import LayersCall, call_layer, carried_by
 from torchlift.scanned import Scanned, scanned_places
 from torchlift.stacking import check_initialised, listed, located
 from torchlift.transforms.compiling import Static, constant, fleshed, out_of_graph, register, skeleton, static_of, token
-from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy
+from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy, check_unroll
 from torchlift.transforms.profiling import names_of, traced_names, traced_names_within
 from torchlift.variables import Variable
 from torchlift.written import Written
@@ -52,6 +52,7 @@ class ScanLayers(nn.ModuleList):
         check_policy(policy, "scan_layers: policy")
         check_count(every, "scan_layers: every")
         check_compile(compile, "scan_layers: compile=")
+        check_unroll(unroll, "scan_layers: unroll")
         if lengths is not None:
             check_lengths(lengths, "scan_layers: lengths")
         if isinstance(scanned_attributes, str):
@@ -174,7 +175,7 @@ class ScanLayers(nn.ModuleList):
 
     def options(self) -> dict[str, Any]:
         """How the engine is to run the loop."""
-        remat = (self.policy or True) if self.remat or self.policy or self.lengths else None
+        remat = (self.policy or True) if self.remat or self.policy or self.lengths or self.every > 1 else None
         return {"unroll": self.unroll, "remat": remat, "lengths": self.lengths, "every": self.every}
 
 
@@ -422,12 +423,11 @@ def scan_layers(
         layers: modules that differ in the values of their tensors and in nothing else.
         remat: compute intermediate values again in backward; keep only what is carried between layers.
         policy: what is kept all the same; see ``torchlift.checkpoint_policies``. Implies ``remat``.
-        every: keep the carry only before every that many layers.
+        every: keep the carry only before every that many layers. More than 1 implies ``remat``.
         lengths: a nest of loops, as in ``remat_scan``; the product is the number of layers. Implies ``remat``.
         compile: True for Inductor, False for a plain Python loop, or options of ``torch.compile``.
-        unroll: how many layers make one compiled graph, around which there is one autograd node. ``"auto"``: four, or
-            the largest divisor of the depth below, where layers are small: a faster step (a sixth at width 64), and a
-            first one that takes twice as long. ``remat=True`` stays with one, and so do layers of a million weights.
+        unroll: how many layers make one compiled graph and one autograd node. ``"auto"``: of small layers four, or the
+            largest divisor of the depth below; the step is faster, the first one takes longer. ``remat=True`` has one.
         scanned_attributes: plain attributes, of the layers or of any submodule, that may differ. There is one graph
             for each combination of the values of those that the layers read.
 
@@ -436,7 +436,7 @@ def scan_layers(
 
     Raises:
         TransformTargetError: what is given are no modules.
-        LayerMismatchError: a layer differs from the first; the message says in what.
+        LayerMismatchError: a layer differs from the first; the message says in what. OptionError: an option is none.
         UnsupportedError: a layer is one of torch's lazy modules that has not been called yet.
 
     Example:

@@ -26,6 +26,12 @@ def check_count(count: Any, where: str) -> None:
         raise OptionError(f"{where} is {count!r}, expected an int from 1 on")
 
 
+def check_unroll(unroll: Any, where: str) -> None:
+    """How many iterations make one graph."""
+    if unroll != "auto":
+        check_count(unroll, f"{where} (or 'auto')")
+
+
 def check_lengths(lengths: Any, where: str) -> None:
     """The sizes of a nest of loops."""
     if not isinstance(lengths, Sequence) or isinstance(lengths, str):
