@@ -59,7 +59,10 @@ def divisions(monkeypatch):
         found.append(result is not None)
         return result
 
-    def compile_parts(whole, inductor, forward, backward, count):
+    def compile_parts(whole, inductor, signature, forward, backward, count):
+        if parts.is_small(whole.fw):
+            found[-1] = False
+            return None
         if backward is not None:
             backward.spread(count, whole, SimpleNamespace(packed={}, outputs=forward.gives))
         return in_python(forward, count), backward and in_python(backward, count)

@@ -11,17 +11,17 @@ thread, and in the end those of all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from torchlift.engine.capture import stride_order
-from torchlift.engine.driver import SAME, Chain
+from torchlift.engine.driver import SAME, STACK, Chain
+from torchlift.engine.parting import dense
 from torchlift.engine.parts import Part
 from torchlift.engine.placements import SUM, Rows
+from torchlift.engine.shelf import aligned
 from torchlift.engine.signature import Graphs, Signature
-
-_ALIGNED = 64  # bytes, as torch aligns them
 
 
 def chains(
@@ -30,76 +30,88 @@ def chains(
     """How the forward and the backward of the parts of ``graphs`` can be run turn by turn; None if they cannot."""
     a = signature.consts.tensors
     b = a + signature.carry.tensors
-    c = b + signature.xs[0].tensors
-    carries, stacks = range(a, b), range(b, c)
-    if not signature.packed or not stacks or not carries:
+    carries, stacks = range(a, b), range(b, b + signature.xs[0].tensors)
+    rows = signature.packed or int(signature.rowwise)
+    if not rows or not stacks or not carries:
         return None
-    before = [forward.inputs[i] for i in carries]
-    after = forward.locals[: len(carries)]
+    first = _forward(graphs, forward, carries, stacks, signature.packed == 0)
+    second = None if first is None or backward is None else _backward(graphs, backward, carries, stacks, first)
+    if first is None or (backward is not None and second is None):
+        return None
+    first = replace(first, rows=rows, reverse=signature.reverse, trains=backward is not None, counted=b)
+    return first, second and replace(second, rows=rows, reverse=signature.reverse)
+
+
+def _forward(graphs: Graphs, part: Part, carries: range, stacks: range, rowwise: bool) -> Chain | None:
+    """How forward programs hang together."""
+    count = len(carries)
+    before = [(part.inputs[i], part.takes[i]) for i in carries]
+    ys = range(count, graphs.outputs)
     fine = (
-        _go_on(before, after, [*(forward.takes[i] for i in carries), *forward.gives[: len(carries)]])
-        and all(value.dtype is torch.float32 for value in before)
-        and all(_in_turn(forward.inputs[i]) for i in stacks)
-        and all(
-            isinstance(forward.gives[i], Rows) and _in_turn(forward.wholes[i]) for i in range(b - a, graphs.outputs)
-        )
+        _go_on(before, list(zip(part.locals, part.gives))[:count])
+        and all(value.dtype is torch.float32 for value, _ in before)  # for the pack
+        and all(rowwise or _in_turn(part.inputs[i]) for i in stacks)
+        and all(isinstance(part.gives[i], Rows) and _stands(part.wholes[i], rowwise) for i in ys)
     )
     if not fine:
         return None
-    at, size = _slots(before)
-    inputs = [
-        ("CARRIED", at[i - a]) if i in carries else ("STACK", 0) if i in stacks else SAME
-        for i in range(len(forward.inputs))
-    ]
-    outputs = [("CARRIED", n) for n in at] + [("STACK", 0)] * (graphs.outputs - len(at))
-    outputs += [SAME] * (len(forward.wholes) - len(outputs))
-    first = Chain(signature.packed, signature.reverse, False, backward is not None, b, size, inputs, outputs)
-    if backward is None:
-        return first, None
-    given: dict[int, int] = {}  # which input is the gradient of what is carried
-    inputs = []
-    for at_input, (kind, i) in enumerate(graphs.feeds):
-        carried = i < len(carries) if kind == "tangent" else i in carries
-        if kind == "tangent" and carried:
-            given[i] = at_input
-        if kind == "tangent" and not carried or kind == "input" and i in stacks:
-            inputs.append(("STACK", 0))
-        elif kind == "tangent":
-            inputs.append(("CARRIED", i))
-        elif kind == "input" and carried:  # behind what is saved, at the end of what is in the pack of each turn
-            inputs.append(("STARTED", (at[i - a] - size) // 4))
-        else:
-            inputs.append(SAME)
-    grads, gives = backward.locals, backward.gives
-    fine = (
-        all(grads[i] is None or gives[i] == SUM for i in range(len(grads)) if i not in (*carries, *stacks))
-        and all(grads[i] is None or isinstance(gives[i], Rows) and _in_turn(backward.wholes[i]) for i in stacks)
-        and all(_in_turn(value) for value, turn in zip(backward.inputs, inputs) if turn[0] == "STACK")
-        and {i - a for i in carries if grads[i] is not None} == given.keys()
-        and _go_on(
-            [backward.inputs[at_input] for at_input in given.values()],
-            [grads[a + i] for i in given],
-            [*(backward.takes[at_input] for at_input in given.values()), *(gives[a + i] for i in given)],
-        )
-    )
-    if not fine:
-        return None
-    at, size = _slots([grads[a + i] for i in given])
-    slot = dict(zip(given, at))
-    inputs = [(turn, slot[i]) if turn == "CARRIED" else (turn, i) for turn, i in inputs]
-    outputs = [SAME] * len(grads)
+    slots, size = _slots([value for value, _ in before])
+    inputs, outputs = [SAME] * len(part.inputs), [SAME] * len(part.wholes)
+    for i, at in enumerate(slots):
+        inputs[carries[i]] = outputs[i] = ("CARRIED", at)
     for i in stacks:
-        outputs[i] = ("STACK", 0)
-    for i in given:
-        outputs[a + i] = ("CARRIED", slot[i])
-    return first, Chain(signature.packed, signature.reverse, True, False, 0, size, inputs, outputs)
+        inputs[i] = STACK
+    for i in ys:
+        outputs[i] = STACK
+    return Chain(inputs, outputs, slot_bytes=size, rowwise=rowwise)
 
 
-def _go_on(before: Sequence[Any], after: Sequence[Any], places: Sequence[Any]) -> bool:
-    """Whether a turn leaves what the next one takes: rows, laid out the same."""
-    return all(isinstance(place, Rows) for place in places) and all(
-        old.shape == new.shape and old.dtype is new.dtype and _strides(old) == _strides(new) and _dense(old)
-        for old, new in zip(before, after, strict=True)
+def _backward(graphs: Graphs, part: Part, carries: range, stacks: range, forward: Chain) -> Chain | None:
+    """How backward programs hang together."""
+    rowwise = forward.rowwise
+    inputs, outputs = [SAME] * len(part.inputs), [SAME] * len(part.wholes)
+    tangents: dict[int, int] = {}  # of what is carried: the input that is its gradient
+    for at, (kind, i) in enumerate(graphs.feeds):
+        if kind == "tangent" and i < len(carries):
+            tangents[i] = at
+        elif kind == "tangent" or (kind == "input" and i in stacks):
+            inputs[at] = STACK
+        elif kind == "input" and i in carries:  # behind what is saved, at the end of what the pack has of a turn
+            inputs[at] = ("STARTED", (forward.inputs[i][1] - forward.slot_bytes) // 4)
+    grads = list(zip(part.locals, part.gives))
+    given = [i for i, (value, _) in enumerate(grads) if value is not None]
+    fine = (
+        all(grads[i][1] == SUM for i in given if i not in carries and i not in stacks)
+        and all(isinstance(grads[i][1], Rows) and _stands(part.wholes[i], rowwise) for i in given if i in stacks)
+        and all(rowwise or _in_turn(value) for value, turn in zip(part.inputs, inputs) if turn == STACK)
+        and [carries[i] for i in sorted(tangents)] == [i for i in given if i in carries]
+        and _go_on(
+            [(part.inputs[at], part.takes[at]) for at in tangents.values()], [grads[carries[i]] for i in tangents]
+        )
+    )
+    if not fine:
+        return None
+    slots, size = _slots([part.inputs[at] for at in tangents.values()])
+    for (i, at), slot in zip(tangents.items(), slots):
+        inputs[at] = outputs[carries[i]] = ("CARRIED", slot)
+    for i in stacks:
+        outputs[i] = STACK
+    return Chain(inputs, outputs, slot_bytes=size, rowwise=rowwise, backward=True)
+
+
+_Placed = tuple[Any, Any]  # a value of a part, and its placement
+
+
+def _go_on(before: Sequence[_Placed], after: Sequence[_Placed]) -> bool:
+    """Whether a turn leaves what the next one takes: the same rows, laid out the same."""
+    return all(
+        isinstance(taken, Rows)
+        and taken == given
+        and old.shape == new.shape
+        and old.dtype is new.dtype
+        and _strides(old) == _strides(new)
+        and dense(old)
+        for (old, taken), (new, given) in zip(before, after, strict=True)
     )
 
 
@@ -107,12 +119,12 @@ def _strides(value: torch.Tensor) -> list[int]:
     return [stride for size, stride in zip(value.shape, value.stride()) if size > 1]
 
 
-def _dense(value: torch.Tensor) -> bool:
-    return value.permute(stride_order(value)).is_contiguous()
+def _stands(value: torch.Tensor, rowwise: bool) -> bool:
+    """Whether those of all turns make one stack in memory: rows, each a value, or stacks of several."""
+    return dense(value) if rowwise else _in_turn(value)
 
 
 def _in_turn(value: torch.Tensor) -> bool:
-    """Whether the rows of one turn lie behind those of another."""
     return value.ndim > 0 and all(value.stride(0) >= stride for stride in value.stride())
 
 
@@ -121,5 +133,5 @@ def _slots(values: Sequence[torch.Tensor]) -> tuple[list[int], int]:
     at, end = [], 0
     for value in values:
         at.append(end)
-        end += -(-value.numel() * value.element_size() // _ALIGNED) * _ALIGNED
+        end += aligned(value.numel() * value.element_size())
     return at, end

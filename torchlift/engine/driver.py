@@ -18,7 +18,7 @@ from torchlift.engine.placements import SUM, Placement, Rows
 from torchlift.engine.shelf import Buffer, shelve
 
 OWN = "own"  # a value that stays in parts
-SAME = ("SAME", 0)  # in all turns of a chain
+SAME, STACK = ("SAME", 0), ("STACK", 0)  # in all turns of a chain; the next rows in each
 _LOCK, _TIMES = threading.Lock(), Counter[str]()
 SUMMED = {torch.float32: "float", torch.float64: "double"}
 
@@ -27,17 +27,26 @@ SUMMED = {torch.float32: "float", torch.float64: "double"}
 class Chain:
     """How the turns of a chain hang together, one program after the other; see ``chains``.
 
-    ``inputs`` and ``outputs`` have for each a ``Turn`` of the C++ and its number there.
+    ``inputs`` and ``outputs`` have for each a ``Turn`` of the C++, and where in a slot or in the pack it lies.
     """
 
-    rows: int  # of the stacks that a turn takes
-    reverse: bool
-    backward: bool
-    trains: bool  # what each turn starts from is saved
-    counted: int  # the input that tells how many turns there are
-    slot_bytes: int  # for what a turn carries on
     inputs: list[tuple[str, int]]
     outputs: list[tuple[str, int]]
+    rows: int = 0  # of the stacks that a turn takes
+    rowwise: bool = False  # as a value each, not as a stack of so many
+    reverse: bool = False
+    backward: bool = False
+    trains: bool = False  # what each turn starts from is saved
+    counted: int = 0  # the input that tells how many turns there are
+    slot_bytes: int = 0  # for what a turn carries on
+
+    def whole(self, output: tuple[Any, Placement], turn: tuple[str, int]) -> tuple[Any, Placement]:
+        """``output``, for all rows of a turn."""
+        value, place = output
+        if not self.rowwise or turn != STACK or not isinstance(place, Rows):
+            return output
+        stack = value.as_strided((1, *value.shape), (value.numel(), *value.stride()))
+        return stack, Rows(place.dim + 1, place.blocks)
 
 
 @dataclass
@@ -101,7 +110,7 @@ class Driver:
         apart = any(place == OWN and i not in self.packed for i, (_, place) in enumerate(self.outputs))
         if self.chain is not None and (apart or (self.chain.trains and not self.packed)):
             self.chain = None
-        chain = self.chain or Chain(0, False, False, False, 0, 0, [SAME] * len(self.inputs), [SAME] * len(self.outputs))
+        chain = self.chain or Chain([SAME] * len(self.inputs), [SAME] * len(self.outputs))
         starts = sizes["SAVED"] if chain.trains else 0
         if chain.trains:
             sizes["SAVED"] += chain.slot_bytes // 4
@@ -119,7 +128,7 @@ class Driver:
             _output(
                 value, place, self.parts, i, self.packed.get(i), SAME if chain is None else chain.outputs[i], tables
             )
-            for i, (value, place) in enumerate(self.outputs)
+            for i, (value, place) in enumerate(map(chain.whole, self.outputs, chain.outputs))
         ]
         for name, entries in (("Input inputs", takes), ("Output outputs", gives), ("Buffer buffers", rows)):
             tables.append(f"static const {name}[] = {{{', '.join(entries) or '{}'}}};")
@@ -164,15 +173,13 @@ class Driver:
 def _input(
     value: torch.Tensor, place: Placement, i: int, slot: int | None, turn: tuple[str, int], tables: list[str]
 ) -> str:
-    stacked = turn[0] == "STACK"
-    if slot is None and not stacked and not isinstance(place, Rows):
+    if slot is None and turn != STACK and not isinstance(place, Rows):
         return "{OWN}" if place == OWN else "{WHOLE}"
     shape = f"{value.ndim}, {_numbers(f'input{i}', value.shape, value.stride(), tables)}"
     if slot is not None:
         return f"{{PACKED, {shape}, {slot}}}"
     step = value.stride(place.dim) * value.shape[place.dim] if isinstance(place, Rows) else 0
-    at = value.stride(0) * value.shape[0] if stacked else turn[1]
-    return f"{{ROWS, {shape}, {step}, {_dtype(value)}, {turn[0]}, {at}}}"
+    return f"{{ROWS, {shape}, {step}, {_dtype(value)}, {turn[0]}, {turn[1]}}}"
 
 
 def _output(

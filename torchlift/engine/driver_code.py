@@ -30,8 +30,8 @@ AFTER = """
 
 namespace torchlift {
 enum Kind { WHOLE, ROWS, OWN, PACKED, FLOAT_SUM, DOUBLE_SUM, NONE };
-// How a value of one turn of a chain relates to that of the next. STACK: the rows behind, ``at`` numbers on. CARRIED:
-// what the turn before gave, ``at`` bytes into a slot. STARTED: what it started from, ``at`` numbers from the end of
+// How a value of one turn of a chain relates to that of the next. STACK: the rows behind. CARRIED: what the turn before
+// gave, ``at`` bytes into a slot. STARTED: what it started from, ``at`` numbers from the end of
 // what is in the pack of the turn.
 enum Turn { SAME, STACK, CARRIED, STARTED };
 struct Input {
@@ -120,7 +120,8 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
     const int64_t numbers = PARTS * turns * SAVED_NUMBERS, step = 1;
     // Behind what the parts are lent are gradients to be added up: of the parts, then of the turns of each part.
     constexpr int64_t SUMMANDS = PARTS * LENT_BYTES, AGAIN = SUMMANDS + (PARTS - 1) * SUMMED_BYTES;
-    constexpr int64_t SLOTS = AGAIN + (CHAINED ? PARTS * SUMMED_BYTES : 0), BYTES = SLOTS + 2 * PARTS * SLOT_BYTES;
+    constexpr int64_t SLOTS = AGAIN + (CHAINED ? PARTS * SUMMED_BYTES : 0);
+    constexpr int64_t BYTES = SLOTS + (STARTS > 0 ? 0 : 2 * PARTS * SLOT_BYTES);
     if (SAVED_NUMBERS > 0) saved = make(1, &numbers, &step, aoti_torch_dtype_float32());
     static std::atomic<Handle> spare{nullptr};
     if (BYTES > 0 && BYTES <= SPARE) lent = spare.exchange(nullptr);
@@ -129,19 +130,19 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
         const int64_t entry = (part * turns + turn) * SAVED_NUMBERS;
         for (int i = 0; i < KEPT; i++) {
             const Buffer& buffer = buffers[i];
-            Handle* made = &shelves[part][i];
+            Handle* into = &shelves[part][i];
             if (buffer.home == SAVED) {
                 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-                    saved, buffer.ndim, buffer.sizes, buffer.strides, entry + buffer.at, made));
-                std::memset(data(*made) + buffer.used, 0, buffer.bytes - buffer.used);  // hooks may look at all of it
+                    saved, buffer.ndim, buffer.sizes, buffer.strides, entry + buffer.at, into));
+                std::memset(data(*into) + buffer.used, 0, buffer.bytes - buffer.used);  // hooks may look at all of it
             } else if (buffer.home == LENT || (buffer.home == SUMMAND && (part > 0 || !first))) {
                 const int64_t start = buffer.home == LENT ? part * LENT_BYTES
                     : first ? SUMMANDS + (part - 1) * SUMMED_BYTES : AGAIN + part * SUMMED_BYTES;
                 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
                     data(lent) + start + buffer.at, buffer.ndim, buffer.sizes, buffer.strides, 0,
-                    buffer.dtype, aoti_torch_device_type_cpu(), 0, made));
+                    buffer.dtype, aoti_torch_device_type_cpu(), 0, into));
             } else {
-                *made = make(buffer.ndim, buffer.sizes, buffer.strides, buffer.dtype);
+                *into = make(buffer.ndim, buffer.sizes, buffer.strides, buffer.dtype);
             }
         }
     };
@@ -153,7 +154,7 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                           : data(lent) + SLOTS + (2 * part + (turn & 1)) * SLOT_BYTES + at;
     };
     if (STARTS > 0) {
-        for (int part = 0; part < PARTS; part++) std::memset(slot(part, 0, 0), 0, 4 * (SAVED_NUMBERS - STARTS));
+        for (int part = 0; part < PARTS; part++) std::memset(slot(part, 0, 0), 0, SLOT_BYTES);
     }
     const bool inference = c10::InferenceMode::is_enabled();
     std::exception_ptr failure;
@@ -183,7 +184,9 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
             } else if (input.kind == WHOLE) {
                 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(*next++, into));
             } else {
-                const int64_t from = part * input.step + (input.turn == STACK ? row * input.at : 0);
+                int64_t from = part * input.step, distance = 0;
+                if (input.turn == STACK) AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(*next, 0, &distance));
+                from += row * ROWS_A_TURN * distance;
                 AOTI_TORCH_ERROR_CODE_CHECK(
                     aoti_torch__reinterpret_tensor(*next++, input.ndim, input.sizes, input.strides, from, into));
             }
@@ -200,6 +203,7 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                 AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &gave[i]));
             }
         }
+        if (STARTS > 0 && !last) std::memset(slot(part, turn + 1, 0), 0, SLOT_BYTES);  // between the values as well
         for (int i = 0; i < OUTPUTS; i++) {
             const Output& output = outputs[i];
             const bool sum = output.kind == FLOAT_SUM || output.kind == DOUBLE_SUM;
@@ -213,8 +217,8 @@ void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* outp
                 const char* from = data(gave[i]);
                 char* into = data(whole[i]) + part * output.bytes;
                 if (output.turn == STACK) into += row * PARTS * output.blocks * output.bytes;
-                for (int64_t block = 0; block < output.blocks; block++) {
-                    std::memcpy(into + block * PARTS * output.bytes, from + block * output.bytes, output.bytes);
+                for (int64_t share = 0; share < output.blocks; share++) {
+                    std::memcpy(into + share * PARTS * output.bytes, from + share * output.bytes, output.bytes);
                 }
             } else if (sum && !first) {
                 sum_up(output.kind, data(made[part][i]), data(gave[i]), 0, numel(gave[i]));

@@ -15,7 +15,7 @@ from torchlift.engine.capture import inverse, stride_order
 from torchlift.engine.chains import chains
 from torchlift.engine.gemm import is_for_onednn, tune_products
 from torchlift.engine.native import CALLED, is_native
-from torchlift.engine.parts import Part, divide
+from torchlift.engine.parts import Part, divide, is_small
 from torchlift.engine.signature import Graphs, Signature
 from torchlift.engine.spans import Placed, place
 from torchlift.errors import OptionError
@@ -106,8 +106,10 @@ def compile_graphs(
         if native and signature is not None and parts > 1 and all(is_native(g) and not is_for_onednn(g) for g in both):
             try:
                 a, carries = signature.consts.tensors, signature.carry.tensors
-                if (divided := divide(graphs, range(a, a + carries), parts)) is not None:
-                    return _compile_parts(graphs, inductor, signature, *divided, parts)
+                divided = divide(graphs, range(a, a + carries), parts)
+                programs = divided and _compile_parts(graphs, inductor, signature, *divided, parts)
+                if programs is not None:
+                    return programs
             except Exception as error:
                 raise PartsError from error
         for graph in both:
@@ -132,11 +134,17 @@ def compile_graphs(
 
 def _compile_parts(
     graphs: Graphs, inductor: Any, signature: Signature, forward: Part, backward: Part | None, parts: int
-) -> tuple[Boxed, Boxed | None]:
-    """The forward and the backward, each a program that every thread runs for its part. See NOTE [Parts]."""
+) -> tuple[Boxed, Boxed | None] | None:
+    """The forward and the backward, each a program that every thread runs for its part, where that is worth it.
+
+    See NOTE [Parts].
+    """
     attend_by_products(forward.graph)
     train = backward is not None
     first, second = chains(graphs, signature, forward, backward) or (None, None)
+    small = is_small(graphs.fw)
+    if first is None and small:
+        return None
     drivers = [forward.driver(parts, first)]
     with inductor.in_parts(drivers[0]):
         fw, strides = inductor.forward(forward.graph, forward.inputs, graphs.outputs, train, None, CALLED)
@@ -156,6 +164,8 @@ def _compile_parts(
     if not all(driver.called for driver in drivers):
         raise RuntimeError("Inductor took a program of one part from elsewhere")
     graphs.chained = drivers[0].chain is not None
+    if small and not graphs.chained:
+        raise RuntimeError("the parts turn out to be too small")
     return fw, bw
 
 
@@ -204,3 +214,12 @@ def _unboxed(fn: Callable[..., Any]) -> Boxed:
         return fn(*args)
 
     return call
+
+
+def saved_bytes(graphs: Graphs) -> int:
+    """Bytes that pass from forward to backward in one call, less those of its inputs."""
+    total = 0
+    for value, (kind, _) in zip(graphs.bw_inputs, graphs.feeds):
+        if kind == "saved" and isinstance(value, torch.Tensor):
+            total += _compat.size_hint(value.numel()) * value.element_size()
+    return total

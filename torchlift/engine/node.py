@@ -61,7 +61,10 @@ class _Execution:
         program, positions = plan.chunks[chunk]
         if program.packed:
             first, count = plan.rows(positions)
-            xs = [take(first, count) for take in self.takers]
+            if program.rowwise:
+                xs = [leaf.narrow(0, first, count) for leaf in self.xs]
+            else:
+                xs = [take(first, count) for take in self.takers]
         else:
             xs = [column[plan.order[p]] for p in positions for column in self.columns]
         return [*self.consts, *carry, *xs, *self.closures]

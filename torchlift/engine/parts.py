@@ -107,7 +107,7 @@ def _divide(graphs: Graphs, carries: range, parts: int, dim: int) -> tuple[Part,
             break
         except WantedError as wanted:
             given[wanted.node] = wanted.rows
-    if _shared(graphs.fw, forward) > SHARED or _work(graphs.fw) < LEAST:
+    if _shared(graphs.fw, forward) > SHARED:
         raise Inseparable("not worth it")
     outs = _outputs(graphs.fw)
     visible, saved = outs[: graphs.outputs], outs[graphs.outputs :]
@@ -138,8 +138,11 @@ def _shared(graph: GraphModule, parting: Parting) -> float:
     return sum(map(sum, read)) / max(1, len([some for some in read if some]))
 
 
-def _work(graph: GraphModule) -> int:
-    """Numbers that a graph computes, as many as sixteen multiplications in a product take the time of one."""
+def is_small(graph: GraphModule) -> bool:
+    """Whether a graph computes too little to be called once in parts.
+
+    Numbers are counted, as many as sixteen multiplications in a product take the time of one.
+    """
     work = 0
     for node in graph.graph.nodes:
         value, args = node.meta.get("val"), node.args
@@ -150,7 +153,7 @@ def _work(graph: GraphModule) -> int:
         ):
             product = node.target in PRODUCTS
             work += value.numel() * (args[-2].meta["val"].shape[-1] if product else 16) // 16
-    return work
+    return work < LEAST
 
 
 def _holders(graph: GraphModule | Parting) -> list[Node]:

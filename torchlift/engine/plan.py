@@ -14,7 +14,7 @@ from torchlift.engine.capture import stride_order
 from torchlift.engine.graphs import Boxed
 from torchlift.engine.trees import Template
 
-TURNS = 8  # of a chained program in one call: what they save is freed at once
+TOGETHER = 128  # iterations that chained programs run in one call: what they save is freed at once
 SMALL = 2**20  # numbers in the weights of a layer, or in what else an iteration takes
 
 
@@ -40,7 +40,8 @@ class Program:
     saved_bytes: int
     recomputed: int
     packed: bool = False
-    chained: bool = False  # takes the xs of any number of times as many steps
+    chained: bool = False  # takes the xs of any number of times as many steps; then ``packed``
+    rowwise: bool = False  # each row of the stacks that it takes is laid out as it is given
     closures: int = 0
     shapes: torch.fx.GraphModule | None = None  # the forward, to infer shapes with
     grads: list[bool] = field(default_factory=list)  # per input: whether backward gives it a gradient

@@ -24,7 +24,7 @@ from torchlift.engine.nested import nested_run
 from torchlift.engine.node import Loop, Tensors, run_forward, run_single
 from torchlift.engine.offload import carries_on_host
 from torchlift.engine.plain import why_not
-from torchlift.engine.plan import TURNS, Plan, Program, pieces_of, unroll_of
+from torchlift.engine.plan import TOGETHER, Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
 from torchlift.engine.remat import captures_body
 from torchlift.engine.signature import Signature
@@ -238,11 +238,11 @@ class _Job:
 
     def program(
         self, xs: Sequence[list[torch.Tensor]], templates: Sequence[Template], carry_flags: Sequence[bool],
-        packed: int = 0,
+        packed: int = 0, rowwise: bool = False,
     ) -> tuple[Program, list[torch.Tensor]]:  # fmt: skip
         """The program for iterations on ``xs``, and the tensors that the body closes over.
 
-        With ``packed``, what is in ``xs`` is stacks, of so many iterations.
+        With ``packed``, what is in ``xs`` is stacks, of so many iterations; with ``rowwise`` it is a row of stacks.
         """
         remat = self.options.remat
         flat = [t for x in xs for t in x]
@@ -255,8 +255,9 @@ class _Job:
                     self.carry_template,
                     tuple(templates),
                     packed,
-                    packed > 0 and self.options.reverse,
-                ),
+                    (packed > 0 or rowwise) and self.options.reverse,
+                    rowwise,
+                ),  # fmt: skip
                 [*self.consts, *self.carry, *flat],
                 tuple(self.train and flag for flag in flags),
                 self.train,
@@ -326,19 +327,19 @@ def _call(plan: Plan, names: Names | None, tensors: list[torch.Tensor]) -> Seque
 def _run_stacked(job: _Job, leaves: list[torch.Tensor], template: Template, length: int) -> tuple[Tree, Xs]:
     """One autograd node around the loop."""
     first = [leaf.detach()[0].requires_grad_(leaf.requires_grad) for leaf in leaves]
-    single, closures = job.program([first], [template], job.carry_flags)
+    single, closures = job.program([first], [template], job.carry_flags, rowwise=True)
     order = range(length)[:: -1 if job.options.reverse else 1]
     unroll = _unroll(job, lambda: single, length, job.consts, first)
-    chunks: list[tuple[Program, range]] = []
-    at = 0
+    programs = [(single, 1)]
     if unroll > 1:
         pack = [rows_of(leaf.detach())(0, unroll).requires_grad_(leaf.requires_grad) for leaf in leaves]
-        several, _ = job.program([pack], [template], job.carry_flags, packed=unroll)
-        turns = TURNS if several.chained and not _pieces(job.options) else 1
-        while count := min(turns, (length - at) // unroll):
-            chunks.append((several, range(at, at + count * unroll)))
-            at += count * unroll
-    chunks += [(single, range(i, i + 1)) for i in range(at, length)]
+        programs.insert(0, (job.program([pack], [template], job.carry_flags, packed=unroll)[0], unroll))
+    chunks, at = list[tuple[Program, range]](), 0
+    for program, steps in programs:
+        most = max(1, TOGETHER // steps) if program.chained and not _pieces(job.options) else 1
+        while count := min(most, (length - at) // steps):
+            chunks.append((program, range(at, at + count * steps)))
+            at += count * steps
     plan = _plan(job, chunks, order, closures, [template] * length, True, _pieces(job.options))
     outs = _call(plan, job.names if single.marks else None, [*job.consts, *closures, *job.carry, *leaves])
     _report(job, chunks[0][0], int(single.bw is not None))

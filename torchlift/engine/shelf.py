@@ -34,7 +34,11 @@ _SAME = re.compile(r"auto (\w+) = std::move\((\w+)\);|RAIIAtenTensorHandle (\w+)
 _VIEW = re.compile(
     r"auto (\w+) = wrap_with_raii_handle_if_needed\(reinterpret_tensor_wrapper\((\w+), \d+, \w+, \w+, (\d+)L\)\);"
 )
-_ALIGNED = 64  # bytes, as torch aligns them
+
+
+def aligned(size: int) -> int:
+    """So many bytes that what comes next is aligned as torch aligns it."""
+    return -(-size // 64) * 64
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Buffer:
     @property
     def bytes(self) -> int:
         """So many that what comes next is aligned."""
-        return -(-self.used // _ALIGNED) * _ALIGNED
+        return aligned(self.used)
 
 
 @dataclass
@@ -112,6 +116,8 @@ def shelve(code: str) -> Shelf | None:
         if (out := _GIVEN.search(line)) and out[2] in places:
             given[int(out[1])] = places[out[2]]
         if again := _AGAIN.search(line):
+            if int(again[2]) in given:
+                given[int(again[1])] = given[int(again[2])]
             found = {i for i, buffer in enumerate(buffers) if int(again[2]) in buffer.outputs}
         for names in _NEW.findall(line):
             owners.setdefault(next(filter(None, names)), set()).update(found)

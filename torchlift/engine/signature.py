@@ -20,7 +20,7 @@ class Signature:
     """What the non-tensor side of a capture depends on: the templates of consts, of the carry, and of each x.
 
     If ``packed``, the xs of so many iterations come as one tree of stacks, and the ys go as one; ``reverse`` then runs
-    it from its end.
+    it from its end. ``rowwise``: the xs of one iteration are rows of stacks.
     """
 
     consts: Template
@@ -28,6 +28,7 @@ class Signature:
     xs: tuple[Template, ...]
     packed: int = 0
     reverse: bool = False
+    rowwise: bool = False
 
     @property
     def steps(self) -> int:
