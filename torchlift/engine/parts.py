@@ -4,11 +4,11 @@ NOTE [Parts]. Inductor shares out each kernel and each product of a graph betwee
 they wait for one another; where a kernel takes ten microseconds the waiting takes as long. But most bodies treat the
 members of a batch alike and apart. Such a graph is compiled for the share of one thread, without threads, and each runs
 it from its first operator to its last for a share of its own. On a Xeon with two threads 24 layers of width 64 take 0.9
-of the time that way, smaller ones 0.85, and an LSTM of width 64 takes 0.76; at width 128 it makes no difference, and at
-256, where all weights are read twice and their gradients added up, it would take longer. That it may be done is found
-in the graph; see ``placements``. What the whole is a sum of, like gradients of weights, is added up at the end; what
-comes in rows lies in one tensor, as if nothing had happened; and what is saved for backward stays in parts. Only the
-order of sums differs.
+of the time that way, smaller ones 0.85, an LSTM of width 64 takes 0.76 and, as a chain, 0.6; at width 128 it makes no
+difference, and at 256, where all weights are read twice and their gradients added up, it would take longer. That it may
+be done is found in the graph; see ``placements``. What the whole is a sum of, like gradients of weights, is added up at
+the end; what comes in rows lies in one tensor, as if nothing had happened; and what is saved for backward stays in
+parts. Only the order of sums differs.
 """
 
 from __future__ import annotations
