@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from torchlift import ArgumentError, TransformTargetError, VariableNameError, apply
+from torchlift import ArgumentError, TransformTargetError, VariableNameError, apply, explain, scan_layers
+from torchlift.engine.compiled import compilations
+
+AOT = {"backend": "aot_eager"}
 
 
 class Twice(nn.Module):
@@ -96,3 +99,14 @@ def test_an_error_is_caught_around_apply_in_a_graph():
     for width in (2, 3):
         x, weight = torch.ones(1, 2), torch.ones(2, width)
         assert torch.equal(torch.compile(tried, fullgraph=True, backend="eager")(weight, x), tried(weight, x))
+
+
+@pytest.mark.parametrize("mutable", [True, "batch_stats", ["batch_stats", "seen"]], ids=str)
+def test_a_loop_is_compiled_once_for_all_calls(mutable):
+    layers = scan_layers([nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(2)], compile=AOT)
+    x, calls = torch.randn(3, 2), (lambda: apply(layers, {}, x, mutable=mutable), lambda: explain(layers, x))
+    for call in calls:
+        call()
+        before = compilations.total()
+        call()
+        assert compilations.total() == before > 0

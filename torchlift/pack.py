@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ class Packed(Changeable):
         counts = None if compiling else _compat.dict_versions(dicts)
         held = [(at, key, value := shadows[at].__dict__.get(key), held_in(value)) for at, key in self.containers]
         frames = self.context["captures"]
-        frame = Capture(_AnyOf(frames)) if frames else None
+        frame = Capture(_AnyOf(tuple([frame.filter for frame in frames]))) if frames else None
         drawn = self._draws_refused()
         try:
             axes = self.context["axes"]
@@ -315,11 +316,14 @@ class Packed(Changeable):
             tensors[change.key] = value
 
 
+@dataclass(frozen=True)
 class _AnyOf:
-    """The filter of a body's own capture: whatever one of the captures around it asks for."""
+    """The filter of a body's own capture: whatever one of the captures around it asks for.
 
-    def __init__(self, captures: Sequence[Capture]):
-        self.captures = captures
+    Equal ones are told to be equal, and written alike: what is compiled for one serves the next call.
+    """
+
+    filters: tuple[Any, ...]
 
     def __contains__(self, name: str) -> bool:
-        return any(matches(capture.filter, name) for capture in self.captures)
+        return any(matches(filter, name) for filter in self.filters)
