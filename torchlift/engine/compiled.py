@@ -406,8 +406,10 @@ def _capture(
         # Compiling a graph rewrites it.
         kept = copy.deepcopy(graphs.fw) if shapes else None
         try:
-            of = signature if divided else None
-            fw, bw = compile_graphs(graphs, mode, request.backend, inductor, dense, native, of)
+            fw, bw = compile_graphs(
+                graphs, mode, request.backend, inductor,
+                dense=dense, native=native, signature=signature if divided else None,
+            )  # fmt: skip
         except Exception as error:
             raise _NotBuilt(error) from error
         rowwise = graphs.chained and signature.rowwise
