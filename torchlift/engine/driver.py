@@ -125,9 +125,7 @@ class Driver:
             for i, (value, place) in enumerate(self.inputs)
         ]
         gives = [
-            _output(
-                value, place, self.parts, i, self.packed.get(i), SAME if chain is None else chain.outputs[i], tables
-            )
+            _output(value, place, self.parts, i, self.packed.get(i), chain.outputs[i], tables)
             for i, (value, place) in enumerate(map(chain.whole, self.outputs, chain.outputs))
         ]
         for name, entries in (("Input inputs", takes), ("Output outputs", gives), ("Buffer buffers", rows)):

@@ -31,8 +31,8 @@ AFTER = """
 namespace torchlift {
 enum Kind { WHOLE, ROWS, OWN, PACKED, FLOAT_SUM, DOUBLE_SUM, NONE };
 // How a value of one turn of a chain relates to that of the next. STACK: the rows behind. CARRIED: what the turn before
-// gave, ``at`` bytes into a slot. STARTED: what it started from, ``at`` numbers from the end of
-// what is in the pack of the turn.
+// gave, ``at`` bytes into a slot. STARTED: what forward started from, ``at`` numbers from the end of what the pack has
+// of the turn.
 enum Turn { SAME, STACK, CARRIED, STARTED };
 struct Input {
     Kind kind; int64_t ndim; const int64_t* sizes; const int64_t* strides; int64_t step; int32_t dtype;
