@@ -1,16 +1,22 @@
 """What every test starts from: a seed, few threads, nothing compiled before."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 
 from torchlift import _compat
 
 # With one process for each core, threads within them would only wait for each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# What torch is made of stays: not to be gone through at every collection.
+gc.collect()
+gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
