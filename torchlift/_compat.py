@@ -577,8 +577,10 @@ def versions(tensors: list[torch.Tensor]) -> list[int]:
     if is_compiling():
         return [0] * len(tensors)
     if not functorch_active():
-        with contextlib.suppress(RuntimeError):  # an inference tensor has none
+        try:  # noqa: SIM105 - suppress takes as long as ten versions
             return [tensor._version for tensor in tensors]
+        except RuntimeError:  # an inference tensor has none
+            pass
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     found = [plain(tensor) if wrapped(tensor) else tensor for tensor in tensors]
     return [-1 if tensor.is_inference() else tensor._version for tensor in found]
@@ -794,9 +796,14 @@ def vmap_of_lists(
     from torch._functorch import vmap as functorch
 
     functorch.lazy_load_decompositions()
-    with functorch.vmap_increment_nesting(size, randomness) as level:
-        rows = [t if d is None else functorch._add_batch_dim(t, d % t.ndim, level) for t, d in zip(tensors, dims)]
-        return [functorch._remove_batch_dim(out, level, size, 0) for out in fn(rows)]
+    # What torch's vmap calls looks each time for an export, which takes longer than what it does then.
+    calls: Any = functorch if torch.compiler.is_exporting() else torch._C._functorch
+    level = calls._vmap_increment_nesting(size, randomness)
+    try:
+        rows = [t if d is None else calls._add_batch_dim(t, d % t.ndim, level) for t, d in zip(tensors, dims)]
+        return [calls._remove_batch_dim(out, level, size, 0) for out in fn(rows)]
+    finally:
+        calls._vmap_decrement_nesting()
 
 
 # --- rows of mapped axes ------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def apply(
         )
     if rngs is not None and not _is_mapping(rngs):
         raise ArgumentError(f"{label}: got rngs of type {type(rngs).__name__}, expected {{stream: seed}}")
-    check(mutable, f"{label}: mutable")
+    if mutable is not False:
+        check(mutable, f"{label}: mutable")
     with seed_rngs(**rngs) if rngs else nullcontext():
         packed = Packed(_method(module, method), module, args, kwargs, label)
         packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")

@@ -40,9 +40,9 @@ def around() -> tuple[NamedAxis, ...]:
     return (*(axis for axis in entered if (axis.name, axis.group) not in known), *context.axes)
 
 
-def and_named(name: str | None, size: int, index: Tensor) -> tuple[NamedAxis, ...]:
+def and_named(name: str | None, size: int, index: Tensor | None) -> tuple[NamedAxis, ...]:
     """The axes that a body is in, and one more if it has a name."""
-    return around() if name is None else (*around(), NamedAxis(name, size, index))
+    return around() if name is None or index is None else (*around(), NamedAxis(name, size, index))
 
 
 def find(names: Names, where: str) -> list[NamedAxis]:

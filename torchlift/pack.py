@@ -172,8 +172,10 @@ class Packed(Changeable):
                     easy = plain and real.is_contiguous()  # said without its name, which takes as long as to clone
                     bound[index] = real.clone() if easy else real.clone(memory_format=torch.contiguous_format)
         # Elsewhere what is written into a parameter is in the real one, or no graph can hold it.
-        watched = range(len(bound)) if not compiling and (self.isolated or _compat.is_tracing()) else self.buffers
-        versions = _compat.versions([bound[index] for index in watched])
+        all_of_them = not compiling and (self.isolated or _compat.is_tracing())
+        watched = range(len(bound)) if all_of_them else self.buffers
+        seen = bound if all_of_them else [bound[index] for index in watched]
+        versions = _compat.versions(seen)
         shadows = self.shadows(bound, self.hidden, self.inside, places or self.places(outermost=False))
         for (at, key), value in (attributes or {}).items():
             shadows[at].__dict__[key] = value
@@ -183,7 +185,7 @@ class Packed(Changeable):
         if not compiling:
             modules = [own["_modules"] for own in fields]
             dicts = [*fields, *modules, *[own[store] for own in fields for store in STORES]]
-        before = [own.copy() for own in dicts]
+        before = [*map(dict.copy, dicts)]
         counts = None if compiling else _compat.dict_versions(dicts)
         held = [(at, key, value := shadows[at].__dict__.get(key), held_in(value)) for at, key in self.containers]
         frames = self.context["captures"]
@@ -213,8 +215,8 @@ class Packed(Changeable):
         # In most runs nothing is assigned, which is told by a look at what all modules hold. Dynamo knows no such look.
         untouched = counts is not None and counts == _compat.dict_versions(dicts)
         assigned = not untouched and (compiling or not same(dicts, before))
-        now = _compat.versions([bound[index] for index in watched])
-        counted = {index for index, old, new in zip(watched, versions, now) if old != new}
+        now = _compat.versions(seen)
+        counted = {index for index, old, new in zip(watched, versions, now) if old != new} if now != versions else set()
         if self.buffers and not compiling:
             counted |= self._uncounted(tensors, bound, counted)
         if assigned:
@@ -223,12 +225,13 @@ class Packed(Changeable):
                 self._check_attributes(self.nodes[at], own, before[at])
                 if not compiling:
                     self._check_modules(self.nodes[at], own["_modules"], before[len(fields) + at])
-        elif versions:
+        elif self.buffers:
             changes = [*self._read_written(tensors, bound, counted)]
             values = [bound[change.entry] for change in changes]
         if watched is not self.buffers and not counted.issubset(self.buffers):
             self._read_parameters(bound, counted, changes, values)
-        self._check_containers(held, shadows)
+        if held:
+            self._check_containers(held, shadows)
         sown = [] if frame is None else [(site, value) for site, values in frame.sown.items() for value in values]
         if not changes and not sown:
             return out, Update([], [], _NOTHING)

@@ -23,6 +23,7 @@ from torchlift.errors import RandomnessError
 PARAMS, DROPOUT = "params", "dropout"
 
 _MASK = (1 << 64) - 1
+_CPU = (torch.device("cpu"),)
 _APART = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
@@ -126,10 +127,9 @@ def rewind(positions: dict[str, tuple[int, int]]) -> None:
 
 def default_states() -> States:
     """The states of the default generators that exist: the CPU's, and each accelerator's once it is in use."""
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return read_states(tuple(devices))
+    if not torch.cuda.is_initialized():
+        return read_states(_CPU)
+    return read_states((*_CPU, *[torch.device("cuda", index) for index in range(torch.cuda.device_count())]))
 
 
 def drew(since: States) -> bool:

@@ -22,7 +22,7 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
-from torchlift.groups import Groups
+from torchlift.groups import Groups, kept_by_label
 from torchlift.lifting import Target, Transform, lift
 from torchlift.named_axes import and_named
 from torchlift.pack import Packed
@@ -49,6 +49,7 @@ class _Vmap(Transform):
         if self.chunk_size is not None:
             check_count(self.chunk_size, "vmap: chunk_size")
 
+    @kept_by_label
     def groups(self, label: str) -> Groups:
         return Groups(label, self.variable_axes, split_rngs=self.split_rngs)
 
@@ -80,9 +81,11 @@ class _Vmap(Transform):
         size = self._size(packed.entries, packed.tensors, roles, packed.leaves, leaf_axes, names, label)
         run = _Run(packed, groups, self.out_axes, size, self.axis_name)
         run.attributes = metadata.without_axis(packed, [role.axis for role in roles], self.partition_params)
-        mapped = packed.tensor_leaves
-        in_dims = (0, [role.axis for role in roles], [leaf_axes[at] for at in mapped])
-        inputs = (torch.arange(size, device=packed.device), packed.tensors, [packed.leaves[at] for at in mapped])
+        in_dims = (0, [role.axis for role in roles], [leaf_axes[at] for at in packed.tensor_leaves])
+        # For a body that may ask for it, and for torch's own vmap, where nothing else may be mapped.
+        counted = self.axis_name is not None or self.chunk_size is not None or _compat.is_compiling()
+        index = torch.arange(size, device=packed.device) if counted else None
+        inputs = (index, packed.tensors, [packed.leaves[at] for at in packed.tensor_leaves])
         out, update = run.finish(self._map(run, in_dims, inputs, groups))
         packed.publish(update)
         return out
@@ -104,10 +107,12 @@ class _Vmap(Transform):
             if _compat.is_compiling() or self.chunk_size is not None:
                 return torch.func.vmap(run.one, in_dims, randomness=randomness, chunk_size=self.chunk_size)(*inputs)
             index, tensors, leaves = inputs
-            count, dims = 1 + len(tensors), [0, *in_dims[1], *in_dims[2]]
+            count, flat, dims = len(tensors), [*tensors, *leaves], [*in_dims[1], *in_dims[2]]
+            if index is not None:
+                flat, dims = [*flat, index], [*dims, 0]
             return _compat.vmap_of_lists(
-                lambda rows: run.one(rows[0], rows[1:count], rows[count:]), [index, *tensors, *leaves], dims, run.size,
-                randomness,
+                lambda rows: run.one(None if index is None else rows.pop(), rows[:count], rows[count:]), flat, dims,
+                run.size, randomness,
             )  # fmt: skip
         except RuntimeError as error:
             text = str(error)
@@ -248,7 +253,7 @@ class _Run:
         self.attributes: Mapping[tuple[int, str], Any] = {}
         self.packed, self.groups, self.out_axes, self.size, self.axis_name = packed, groups, out_axes, size, axis_name
 
-    def one(self, index: Tensor, tensors: Any, leaves: Any) -> list[Tensor]:
+    def one(self, index: Tensor | None, tensors: Any, leaves: Any) -> list[Tensor]:
         """The body at one index. What is static about its results is kept in ``self``: it is the same at each."""
         self.packed.context["axes"] = and_named(self.axis_name, self.size, index)
         out, update = self.packed.pure(tensors, self.packed.with_tensors(leaves), self.attributes)
@@ -256,10 +261,10 @@ class _Run:
         sown, self.sown_spec = _tree.flatten(update.sown)
         self.results = len(leaves)
         flat = [*leaves, *update.changed, *sown]
-        flat = [torch.as_tensor(x, device=index.device) if type(x) in _NUMBERS else x for x in flat]
+        flat = [torch.as_tensor(x, device=self.packed.device) if type(x) in _NUMBERS else x for x in flat]
         self.meta = update.meta
         self.static = [None if isinstance(x, Tensor) else (x,) for x in flat]
-        level = _compat.functorch_level(index)
+        level = _compat.functorch_depth() if index is None else _compat.functorch_level(index)
         results = [x for x in flat if isinstance(x, Tensor)]
         self.mapped = [_compat.functorch_level(x) >= level for x in results]
         return results
@@ -357,23 +362,23 @@ class _Run:
 _NUMBERS = (bool, int, float, complex)
 
 
-def _slices(in_dims: Any, inputs: Any, at: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _slices(in_dims: Any, inputs: Any, at: int) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Index ``at`` of ``(index, tensors, leaves)``."""
     (_, dims, leaf_dims), (index, tensors, leaves) = in_dims, inputs
     pick = [
         [x if d is None else x.select(d, at) for x, d in zip(xs, ds, strict=True)]
         for xs, ds in ((tensors, dims), (leaves, leaf_dims))
     ]
-    return index[at], pick[0], pick[1]
+    return None if index is None else index[at], pick[0], pick[1]
 
 
-def _empty_slices(in_dims: Any, inputs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _empty_slices(in_dims: Any, inputs: Any) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     (_, dims, leaf_dims), (index, tensors, leaves) = in_dims, inputs
     pick = [
         [x if d is None else x.new_empty(x.movedim(d, 0).shape[1:]) for x, d in zip(xs, ds, strict=True)]
         for xs, ds in ((tensors, dims), (leaves, leaf_dims))
     ]
-    return index.new_empty(()), pick[0], pick[1]
+    return None if index is None else index.new_empty(()), pick[0], pick[1]
 
 
 def vmap(
