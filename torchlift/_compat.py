@@ -167,6 +167,8 @@ def dispatch_modes_active() -> bool:
 
 def function_modes() -> list[Any]:
     """The ``TorchFunctionMode`` stack, but for the default device."""
+    if not torch._C._len_torch_function_stack():
+        return []
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext
 

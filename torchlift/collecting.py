@@ -20,6 +20,7 @@ from torchlift.nodes import (
     SCALARS,
     SCRIPTED,
     Entry,
+    Memory,
     Node,
     Place,
     remember,
@@ -93,8 +94,7 @@ class Collected:
         self.memory = remembered(module) if lasting else None
         found = None if self.memory is None else self.memory.recall()
         if self.memory is not None and found is not None:
-            self.nodes, self.tensors = found
-            self.entries, self.buffers, self.containers = self.memory.about
+            self._take_up(self.memory, *found)
             return
         self.memory = None  # it is of a tree that is no more
         self.nodes, self.entries, self.tensors, self.buffers, self.containers = [], [], [], [], []
@@ -109,6 +109,10 @@ class Collected:
             self._slots = [self._argument(at, leaf) for at, leaf in enumerate(self.leaves)]
         if lasting and len(self.roots) == 1:
             self.memory = remember(module, self.nodes, self.entries, self.buffers, self.containers)
+
+    def _take_up(self, memory: Memory, nodes: list[Node], tensors: list[Tensor]) -> None:
+        self.memory, self.nodes, self.tensors = memory, nodes, tensors
+        self.entries, self.buffers, self.containers = memory.about
 
     def _collect_like(self, module: nn.Module, other: Collected) -> None:
         """As :meth:`_collect` of a module that is known to be built like the one of ``other``.

@@ -11,7 +11,9 @@ from torch import nn
 
 from torchlift import _compat, _tree, fingerprint
 from torchlift.enrolling import shared_buffers
+from torchlift.nodes import Forest, forest, plant
 from torchlift.pack import Packed
+from torchlift.transforms.profiling import names_of
 from torchlift.transforms.remat import remat
 
 
@@ -24,11 +26,14 @@ def carried_by(out: Any, spec: _tree.Spec) -> Any:
     return out[0] if isinstance(out, tuple) and out and _tree.flatten(out)[1] != spec else out
 
 
+_IN_STEP = "in step"  # of a forest: whether all layers have as many submodules, in the same mode
 _filling: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str]] = weakref.WeakKeyDictionary()
 
 
 class LayersCall:
     """One call of the layers."""
+
+    forest: Forest | None = None
 
     def __init__(self, layers: Any, x: Any, args: Any, kwargs: Any):  # layers: a ScanLayers, which stands above
         self.layers, self.x, self.args, self.kwargs = layers, x, args, kwargs
@@ -36,9 +41,22 @@ class LayersCall:
         first.allow(lambda collection: True, str)
         first.one_of_many = True
         first.handed_on = lambda out: carried_by(out, self.carry_spec)
-        self.packed = [first, *(first.beside(layer) for layer in list(layers)[1:])]
+        self.packed = self._beside(first, list(layers))
         self.carry, self.carry_spec = _tree.flatten(x)
         self.remat = layers.options()["remat"]
+
+    def _beside(self, first: Packed, layers: list[nn.Module]) -> list[Packed]:
+        """The calls of all layers; ``forest`` is that of their trees if none has changed since the call before."""
+        known = None if first.memory is None else forest(self.layers)
+        trees = None if known is None else known.recall(layers)
+        if known is not None and trees is not None:
+            self.forest = known
+            found = zip(known.memories, known.nodes, trees)
+            return [first, *(first.beside(*one) for one in list(zip(layers, found))[1:])]
+        packed = [first, *(first.beside(layer) for layer in layers[1:])]
+        if first.memory is not None:
+            plant(self.layers, [one.memory for one in packed], [one.nodes for one in packed])
+        return packed
 
     def why_plain(self) -> tuple[str | None, bool]:
         """Why the layers must be called one by one in Python (None: they need not), and whether to warn of it."""
@@ -52,11 +70,18 @@ class LayersCall:
             return told, True
         if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
             return "layers share a buffer", False
-        if len({len(packed.nodes) for packed in self.packed}) > 1:
-            return "some layers have other submodules than others; make the stack anew with scan_layers", True
-        if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
-            return "some layers are in training mode and some are not", False
+        if self.forest is None or not self.forest.keys.get(_IN_STEP):
+            if len({len(packed.nodes) for packed in self.packed}) > 1:
+                return "some layers have other submodules than others; make the stack anew with scan_layers", True
+            if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
+                return "some layers are in training mode and some are not", False
+            if self.forest is not None:
+                self.forest.keys[_IN_STEP] = True
         return fingerprint.opaque(self.packed[0].leaves), True
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """What the roots of the call of a layer are called in traces."""
+        return names_of(self.packed[index].roots)
 
     def learn(self, told: str) -> None:
         """Remembers that layers that are called this way put something into containers, and what was said of it."""
@@ -69,7 +94,9 @@ class LayersCall:
 
     @property
     def has_hooks(self) -> bool:
-        return any(packed.has_hooks(skip_root=False) for packed in self.packed)
+        # Those that are remembered have the hooks that all modules have.
+        asked = self.packed[:1] if self.forest is not None else self.packed
+        return any(packed.has_hooks(skip_root=False) for packed in asked)
 
     @property
     def gathers(self) -> bool:

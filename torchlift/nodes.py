@@ -6,7 +6,7 @@ import operator
 import types
 import weakref
 from collections.abc import Hashable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -195,8 +195,49 @@ class Memory:
         return [first, *self._others], tensors
 
 
+class Forest:
+    """How several trees were found: recalled in one go, at a fifth of the time that each by itself takes.
+
+    It is for trees that did not change at all, and where Python counts the changes of each dict. It keeps them alive.
+    """
+
+    def __init__(self, memories: Sequence[Memory], nodes: Sequence[list[Node]]):
+        self.memories, self.nodes = memories, nodes
+        self.keys: dict[Hashable, Any] = {}  # what else was found out about these trees together, by those who did
+        self._modules = [node.module for tree in nodes for node in tree]
+        self._classes = [*map(type, self._modules)]
+        self._fields, self._hooks, self._counted, self._stores, self._tables, self._items = (
+            [*chain.from_iterable(map(operator.attrgetter(part), memories))]
+            for part in ("_fields", "_hooks", "_counted", "_stores", "_tables", "_items")
+        )
+        self._lengths = [*map(len, self._tables)]
+        self._some_absent = any(memory._some_absent for memory in memories)
+        ends = [*accumulate(len(memory.about[0]) for memory in memories)]
+        self._parts = [*map(slice, [0, *ends], ends)]
+        self._versions = _compat.dict_versions(self._counted)
+
+    def recall(self, roots: Sequence[nn.Module]) -> list[list[Tensor]] | None:
+        """The tensors of each tree, if all are those of ``roots`` and as they were."""
+        if self._versions is None or any(self._hooks):
+            return None
+        if len(roots) != len(self.nodes) or any(tree[0].module is not root for tree, root in zip(self.nodes, roots)):
+            return None
+        if not all(map(operator.is_, map(type, self._modules), self._classes)):
+            return None
+        if not all(map(operator.is_, map(_fields_of, self._modules), self._fields)):
+            return None
+        if _compat.dict_versions(self._counted) != self._versions or [*map(len, self._tables)] != self._lengths:
+            return None
+        if not all(map(operator.is_, chain(*self._tables), self._items)):
+            return None
+        found = chain.from_iterable(map(dict.values, self._stores))
+        tensors = [tensor for tensor in found if tensor is not None] if self._some_absent else [*found]
+        return [tensors[part] for part in self._parts]
+
+
 _fields_of = operator.attrgetter("__dict__")
 _memories: dict[int, Memory] = {}
+_forests: weakref.WeakKeyDictionary[nn.Module, Forest] = weakref.WeakKeyDictionary()
 
 
 def remembered(module: nn.Module) -> Memory | None:
@@ -216,6 +257,20 @@ def remember(module: nn.Module, nodes: list[Node], entries: list[Entry], *about:
     except _Unwatchable:
         return None
     return memory
+
+
+def forest(owner: nn.Module) -> Forest | None:
+    """The forest of the trees that ``owner`` holds, as it was planted last."""
+    return _forests.get(owner)
+
+
+def plant(owner: nn.Module, memories: Sequence[Memory | None], nodes: Sequence[list[Node]]) -> None:
+    """Remembers the trees that ``owner`` holds together, if each is remembered."""
+    known = [memory for memory in memories if memory is not None]
+    if len(known) == len(memories):
+        _forests[owner] = Forest(known, nodes)
+    else:
+        _forests.pop(owner, None)
 
 
 def same(some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:

@@ -30,7 +30,7 @@ from torchlift.errors import (
 from torchlift.filters import matches
 from torchlift.given import Given
 from torchlift.named_axes import around
-from torchlift.nodes import STORES, same
+from torchlift.nodes import STORES, Memory, Node, same
 from torchlift.variables import (
     AT,
     Capture,
@@ -76,11 +76,17 @@ class Packed(Changeable):
         self.refused: tuple[tuple[str, str], ...] = context.refused
         self._writable = [False] * len(self.entries)
 
-    def beside(self, module: nn.Module) -> Packed:
-        """The same call of another module, not bound where this one's is not; it may change the same collections."""
+    def beside(self, module: nn.Module, found: tuple[Memory, list[Node], list[Tensor]] | None = None) -> Packed:
+        """The same call of another module, not bound where this one's is not; it may change the same collections.
+
+        ``found`` is the module's tree, where it is known.
+        """
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)  # as copy.copy does, which looks for ways to do it first
-        if _compat.is_compiling() and self.simple:
+        if found is not None:
+            other.roots, other._writable = [module], None
+            other._take_up(*found)
+        elif _compat.is_compiling() and self.simple:
             other._collect_like(module, self)
         else:
             other._collect(module)

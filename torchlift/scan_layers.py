@@ -36,7 +36,7 @@ from torchlift.scanned import Scanned, scanned_places
 from torchlift.stacking import check_initialised, listed, located
 from torchlift.transforms.compiling import Static, constant, fleshed, out_of_graph, register, skeleton, static_of, token
 from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy, check_unroll
-from torchlift.transforms.profiling import names_of, traced_names, traced_names_within
+from torchlift.transforms.profiling import traced_names, traced_names_within
 from torchlift.variables import Variable
 from torchlift.written import Written
 
@@ -241,7 +241,8 @@ class _Call(LayersCall):
                     compile=compile, **options,
                 )  # fmt: skip
                 self.scanned.require_unread()
-                written.note(change.entry for y in found for change in static_of(y[3]).meta.changes)
+                distinct = {id(y): y for y in found}.values()  # of layers that change nothing there are few
+                written.note(change.entry for y in distinct for change in static_of(y[3]).meta.changes)
                 if written.known:
                     written.require_apart(self.shared)
         except Exception as error:
@@ -264,12 +265,12 @@ class _Call(LayersCall):
                 self.learn(str(error))
             record(Report(layers.label, "plain", str(error)))
             return (self.plain(),)
-        ys: list[Any] = [(*y[:3], static_of(y[3])) for y in found]
-        for packed, (_, changed, sown, static) in zip(self.packed, ys, strict=True):
+        for packed, (_, changed, sown, static) in zip(self.packed, found, strict=True):
             if changed or sown:
-                packed.publish(Update(changed, _tree.unflatten(sown, static.sown), static.meta))
-        extras, _, _, static = ys[-1]
-        return (_tree.unflatten([*carry, *extras], static.out),)
+                told = static_of(static)
+                packed.publish(Update(changed, _tree.unflatten(sown, told.sown), told.meta))
+        extras, _, _, static = found[-1]
+        return (_tree.unflatten([*carry, *extras], static_of(static).out),)
 
     def surroundings(self) -> Hashable:
         """What decides, for given layers, whether the first one carries on what is like that which it is given."""
@@ -295,10 +296,6 @@ class _Call(LayersCall):
         """Decides which of the scanned attributes are given to the layers."""
         self.scanned = Scanned(self.packed, self.layers.scanned_attributes, all_given)
         self.attributes = self.scanned.given
-
-    def names(self, index: int) -> tuple[str, ...]:
-        """What the roots of the call of a layer are called in traces."""
-        return names_of(self.packed[index].roots)
 
     def xs(self, written: frozenset[int] | None = None) -> list[Any]:
         """The tensors and the scanned attributes of each layer.
@@ -329,9 +326,11 @@ class _Call(LayersCall):
         skip = self.layers.scanned_attributes
         first, *others = self.packed
         own = fingerprint.of_modules(first, skip)
-        if not all(fingerprint.has_key(packed, own, skip) for packed in others):
+        known = {} if self.forest is None else self.forest.keys
+        if known.get(skip) != own and not all(fingerprint.has_key(packed, own, skip) for packed in others):
             self.layers.check()
             raise UnsupportedError("some layers tie tensors or submodules that others do not")
+        known[skip] = own
         return fingerprint.of_packed(first, skip)
 
     def check_hidden(self) -> None:

@@ -23,7 +23,7 @@ from torchlift.engine.graphs import Backend, PartsError, compile_graphs, saved_b
 from torchlift.engine.inlining import inlining, noting_nested
 from torchlift.engine.loop import Body
 from torchlift.engine.plan import Program, orders_of
-from torchlift.engine.signature import Signature, unrolled
+from torchlift.engine.signature import Signature, settings, unrolled
 from torchlift.errors import TorchliftError
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,11 @@ class Request:
     backend: Backend
     policy: Callable[..., Any] | None
     inline: bool = False  # whether loops in the body are a part of the graph
+    around: tuple[Hashable, ...] | None = None  # torch's settings, if they are known
 
     def common(self) -> tuple[Hashable, ...]:
-        key = (self.body.key, self.signature, self.train, self.backend, self.policy, environment(self.body.key))
+        around = environment(self.body.key, self.around)
+        key = (self.body.key, self.signature, self.train, self.backend, self.policy, around)
         try:
             hash(key)
         except TypeError as error:
@@ -111,23 +113,9 @@ def clear_cache() -> None:
         kept.forget()
 
 
-def environment(key: Hashable) -> tuple[Hashable, ...]:
-    """What a capture depends on besides the body, of that ``key``, and its inputs."""
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-    )
-    return (
-        autocast,
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.mkldnn.enabled,
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-        spans.wanted_by(key),
-    )
+def environment(key: Hashable, around: tuple[Hashable, ...] | None = None) -> tuple[Hashable, ...]:
+    """What a capture depends on besides the body, of that ``key``, and its inputs; ``around`` are the settings."""
+    return (*(around or settings()), spans.wanted_by(key))
 
 
 def tensor_key(t: torch.Tensor) -> tuple[Hashable, ...]:

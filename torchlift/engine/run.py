@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +15,17 @@ from torchlift import _compat
 from torchlift.engine import capture, compiled
 from torchlift.engine.capture import CaptureError, KeptTensorError, like_strided, rows_of
 from torchlift.engine.compiled import Request, find_program
-from torchlift.engine.data import DataAsDetached
 from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.engine.forms import Likeness
+from torchlift.engine.given import Given, Split, why_plain
 from torchlift.engine.graphs import Backend
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
 from torchlift.engine.nested import nested_run
 from torchlift.engine.node import Loop, Tensors, run_forward, run_single
 from torchlift.engine.offload import carries_on_host
-from torchlift.engine.plain import why_not
 from torchlift.engine.plan import TOGETHER, Plan, Program, pieces_of, unroll_of
 from torchlift.engine.policies import checkpoint_policies
-from torchlift.engine.remat import captures_body
-from torchlift.engine.signature import Signature
+from torchlift.engine.signature import Signature, settings
 from torchlift.engine.spans import Names
 from torchlift.engine.trees import Template, split, whole
 from torchlift.errors import TorchliftCompileWarning, warn
@@ -139,9 +137,9 @@ def _run(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _O
     nested = nested_run(body, consts, carry, xs, length, tuple(vars(options).items()), compile)
     if nested is not None:
         return nested
-    reason, unexpected = _why_plain(length, compile)
+    reason, unexpected = why_plain(length, compile)
     if reason is None:
-        given = _Given.of(consts, carry, xs)
+        given = Given.of(consts, carry, xs)
         reason, unexpected = given.why_plain(body.key)
         if reason is None:
             try:
@@ -163,64 +161,6 @@ def _plain(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, o: _Optio
         body, consts, carry, trees, length,
         reverse=o.reverse, shared_draws=o.shared_draws, remat=o.remat, lengths=o.lengths, every=o.every,
     )  # fmt: skip
-
-
-def _why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
-    """Why the plain loop must run (None: it need not), and whether the caller is to be warned."""
-    if compile is False:
-        return "compile=False", False
-    if length == 0:
-        return "length 0", False
-    if captures_body():
-        return "inside another capture", False
-    if torch.compiler.is_compiling():
-        return "inside torch.compile", False
-    if _compat.functorch_active():
-        return "a torch.func transform is around it", True
-    if _compat.forward_ad_active():
-        return "forward-mode differentiation is around it", True
-    if _compat.dispatch_modes_active():
-        return "a TorchDispatchMode is active", True
-    modes = [mode for mode in _compat.function_modes() if not isinstance(mode, DataAsDetached)]
-    if modes:
-        return f"a {type(modes[-1]).__name__} is active", True
-    forbidden = _compat.compiler_forbidden()
-    return forbidden, forbidden is not None
-
-
-_Split = tuple[list[torch.Tensor], Template]
-
-
-@dataclass
-class _Given:
-    """The inputs of a loop, taken apart once: ``xs`` has one part, of stacks, or one for each iteration."""
-
-    consts: _Split
-    carry: _Split
-    xs: list[_Split]
-    stacked: bool
-    alike: list[bool] = field(init=False)  # whether the tensors of each part of xs are like those of the first
-
-    @staticmethod
-    def of(consts: Tree, carry: Tree, xs: Xs) -> _Given:
-        trees = [xs.tree] if isinstance(xs, Stacked) else xs
-        return _Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
-
-    def why_plain(self, key: Hashable) -> tuple[str | None, bool]:
-        """As :func:`_why_plain`, for the tensors. What is like the first iteration is not looked at again.
-
-        Nor is that, if it is like the one at the last call of the body with this ``key``.
-        """
-        first = self.xs[0][0]
-        known = compiled.plain_ones.find(key, first)
-        reason = why_not(t for tensors, _ in (self.consts, self.carry) for t in tensors)
-        if reason[0] is None and known is None:
-            reason = why_not(first)
-        if reason[0] is not None:
-            return reason
-        form = compiled.plain_ones.note(key, first) if known is None else known[0]
-        self.alike = [True, *[form.fits(tensors) for tensors, _ in self.xs[1:]]]
-        return why_not(t for (tensors, _), like in zip(self.xs, self.alike) if not like for t in tensors)
 
 
 @dataclass
@@ -263,8 +203,13 @@ class _Job:
                 self.train,
                 self.backend,
                 None if remat is True else remat,
+                around=self.settings,
             )
         )
+
+    @functools.cached_property
+    def settings(self) -> tuple[Hashable, ...]:
+        return settings()
 
     @functools.cached_property
     def names(self) -> Names | None:
@@ -276,7 +221,7 @@ class _Job:
         return [t.requires_grad for t in self.carry]
 
 
-def _compiled_run(body: Body, given: _Given, length: int, options: _Options, backend: Backend) -> tuple[Tree, Xs]:
+def _compiled_run(body: Body, given: Given, length: int, options: _Options, backend: Backend) -> tuple[Tree, Xs]:
     # One layout for the carry of all iterations.
     carry = [like_strided(t, t) for t in given.carry[0]]
     job = _Job(body, *given.consts, carry, given.carry[1], torch.is_grad_enabled(), backend, options)
@@ -370,7 +315,7 @@ def _report(job: _Job, program: Program, nodes: int) -> None:
     record(Report(job.body.name, "compiled", None, nodes, made, saved, recomputed, program.random))
 
 
-def _run_list(job: _Job, given: _Given, length: int) -> tuple[Tree, Xs]:
+def _run_list(job: _Job, given: Given, length: int) -> tuple[Tree, Xs]:
     """One autograd node for each iteration (for each graph when unrolled, each outermost piece when nested)."""
     o = job.options
     order = list(range(length))[:: -1 if o.reverse else 1]
@@ -381,7 +326,7 @@ def _run_list(job: _Job, given: _Given, length: int) -> tuple[Tree, Xs]:
     if o.shared_draws and any(plan.random for plan, _, _ in plans):
         start = read_states(plans[0][0].devices)
     ys: list[Tree] = [None] * length
-    last: Template | None = None
+    filled: dict[int, Tree] = {}  # of templates without tensors: one for all iterations that have it
     carry = job.carry
     at = 0
     for plan, closures, templates in plans:
@@ -393,10 +338,13 @@ def _run_list(job: _Job, given: _Given, length: int) -> tuple[Tree, Xs]:
         carry = list(outs[: len(carry)])
         cursor = len(carry)
         for position, y in zip(range(at, at + plan.length), templates):
-            if y.tensors or y is not last:
-                tree, last = y.fill(outs[cursor : cursor + y.tensors]), y
+            tree = filled.get(id(y))
+            if tree is None:
+                tree = y.fill(outs[cursor : cursor + y.tensors])
+                cursor += y.tensors
+                if not y.tensors:
+                    filled[id(y)] = tree
             ys[order[position]] = tree
-            cursor += y.tensors
         at += plan.length
     _report(job, plans[0][0].chunks[0][0], sum(plan.chunks[0][0].bw is not None for plan, _, _ in plans))
     return job.carry_template.fill(carry), ys
@@ -405,7 +353,7 @@ def _run_list(job: _Job, given: _Given, length: int) -> tuple[Tree, Xs]:
 _Node = tuple[Plan, list[torch.Tensor], list[Template]]  # a plan, its closed-over tensors, the template of each y
 
 
-def _list_plans(job: _Job, flat: list[_Split], alike: list[bool]) -> list[_Node]:
+def _list_plans(job: _Job, flat: list[Split], alike: list[bool]) -> list[_Node]:
     """The nodes of a list run, in the order they run; ``alike`` says which iterations are like each other."""
     o, length = job.options, len(flat)
     flags = job.carry_flags
@@ -428,7 +376,7 @@ def _list_plans(job: _Job, flat: list[_Split], alike: list[bool]) -> list[_Node]
     return nodes
 
 
-def _list_node(job: _Job, part: list[_Split], flags: list[bool], pieces: tuple[int, ...]) -> tuple[_Node, list[bool]]:
+def _list_node(job: _Job, part: list[Split], flags: list[bool], pieces: tuple[int, ...]) -> tuple[_Node, list[bool]]:
     """The node for the iterations ``part``, and which carries require grad after it."""
     templates = [template for _, template in part]
     chunks: list[tuple[Program, range]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,3 +95,21 @@ def _xs(signature: Signature, tensors: Sequence[torch.Tensor]) -> Iterator[Tree]
     for x in signature.xs:
         yield x.fill(tensors[at : at + x.tensors])
         at += x.tensors
+
+
+def settings() -> tuple[Hashable, ...]:
+    """Torch's settings that decide what a capture is; to ask for them takes 30 us."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    return (
+        autocast,
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.enabled,
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
