@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import torchlift
-from torchlift.engine import compiled, forms
+from torchlift.engine import compiled, forms, loop
 from torchlift.engine.compiled import clear_cache
 from torchlift.engine.forms import Forms, Likeness
-from torchlift.engine.run import last_report
+from torchlift.engine.run import last_report, run
 from torchlift.engine.trees import split
 
 EAGER = {"backend": "aot_eager"}
@@ -144,3 +144,15 @@ def test_an_attribute_may_be_called_as_a_part_of_a_key():
         torchlift.scan_layers([layer], compile=EAGER)(torch.ones(2))
     torchlift.scan_layers(both, compile=EAGER, scanned_attributes=["content"])(torch.ones(2))
     assert last_report().path == "compiled"
+
+
+def test_others_that_were_like_an_earlier_first_one_are_not_taken_for_like_this_one():
+    body = loop.Body(lambda consts, carry, x: ([carry[0] + x[0]], [x[0] * 2]), "others", "others")
+    rows = {dtype: [[torch.rand(2, dtype=dtype)] for _ in range(3)] for dtype in (torch.float32, torch.float64)}
+    plain, wide = rows.values()
+    for xs in (plain, plain, wide, [wide[0], *plain[1:]], [wide[0], *plain[1:]], wide, wide):
+        carry = [torch.zeros(2, dtype=torch.float64)]
+        (out,), ys = run(body, [], carry, xs, 3, compile=EAGER)
+        (wanted,), others = run(body, [], carry, xs, 3, compile=False)
+        assert torch.equal(out, wanted) and all(torch.equal(a, b) for (a,), (b,) in zip(ys, others, strict=True))
+        assert [y.dtype for (y,) in ys] == [x.dtype for (x,) in xs]

@@ -11,7 +11,8 @@ from torch import nn
 
 import torchlift
 from torchlift import _compat, apply, scan_layers, variables
-from torchlift.nodes import remembered
+from torchlift.engine.run import last_report
+from torchlift.nodes import forest, remembered
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -88,6 +89,59 @@ def test_a_change_is_seen(change):
     torch.testing.assert_close(
         apply(layers[0], {}, x, mutable=True)[0], expected(layers[:1], x), rtol=1e-12, atol=1e-12
     )
+
+
+counted = pytest.mark.skipif(_compat.dict_versions([]) is None, reason="this Python counts no changes of a dict")
+
+
+def planted(count=3):
+    """A stack whose layers were found together, and will be."""
+    stack, x = scan_layers([Layer() for _ in range(count)], compile={"backend": "aot_eager"}), torch.randn(3, 2)
+    stack(x)
+    stack(x)
+    return stack, x
+
+
+@counted
+@pytest.mark.parametrize("change", sorted(CHANGES.keys() - {"the data of a parameter"}))
+def test_layers_are_not_recalled_together_when_one_has_changed(change):
+    stack, _ = planted()
+    CHANGES[change](stack[-1])
+    assert forest(stack).recall(list(stack)) is None
+
+
+@counted
+def test_layers_are_recalled_together_until_one_is_replaced():
+    stack, x = planted()
+    known = forest(stack)
+    stack[1].inner[0].weight.data = torch.eye(2)
+    assert any(tensor is stack[1].inner[0].weight for tensor in known.recall(list(stack))[1])
+    stack(x)
+    assert forest(stack) is known
+    stack[2] = other = Layer()
+    assert known.recall(list(stack)) is None
+    stack(x)
+    assert forest(stack).nodes[2][0].module is other
+
+
+def test_a_layer_in_another_mode_is_told_at_each_call():
+    stack, x = planted()
+    stack[1].eval()
+    for _ in range(3):
+        stack(x)
+        assert last_report().reason == "some layers are in training mode and some are not"
+    stack.train()
+    for _ in range(3):
+        stack(x)
+        assert last_report().path == "compiled"
+
+
+def test_a_forest_dies_with_its_stack():
+    stack, _ = planted()
+    dead = [weakref.ref(stack), weakref.ref(stack[1]), weakref.ref(stack[1].inner[0].weight)]
+    del stack
+    gc.collect()
+    assert [ref() for ref in dead] == [None] * len(dead)
 
 
 @pytest.mark.parametrize("change", CHANGES)
