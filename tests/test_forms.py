@@ -147,7 +147,10 @@ def test_an_attribute_may_be_called_as_a_part_of_a_key():
 
 
 def test_others_that_were_like_an_earlier_first_one_are_not_taken_for_like_this_one():
-    body = loop.Body(lambda consts, carry, x: ([carry[0] + x[0]], [x[0] * 2]), "others", "others")
+    def doubled(consts, carry, x):
+        return [carry[0] + x[0]], [x[0] * 2 + torch.zeros(2, dtype=x[0].dtype)]  # so that a graph has the dtype in it
+
+    body = loop.Body(doubled, "others", "others")
     rows = {dtype: [[torch.rand(2, dtype=dtype)] for _ in range(3)] for dtype in (torch.float32, torch.float64)}
     plain, wide = rows.values()
     for xs in (plain, plain, wide, [wide[0], *plain[1:]], [wide[0], *plain[1:]], wide, wide):
