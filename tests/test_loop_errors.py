@@ -101,3 +101,30 @@ def test_a_carry_of_another_structure_is_called_the_same_compiled(compile: Any) 
     scan = torchlift.scan(lambda m, c, x: (c["a"], x), compile=compile)
     with pytest.raises(torchlift.CarryError, match=r"structure: got Tensor with leaves \[''\], expected dict"):
         scan(nn.Identity(), {"a": torch.zeros(2)}, xs)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
+def test_an_error_of_a_body_comes_alone_and_says_what_an_iteration_is_given(compile: Any, caplog: Any) -> None:
+    lifted = torchlift.scan(lambda m, c, x: (m(c) + x, None), variable_broadcast="params", in_axes=1, compile=compile)
+    with pytest.raises(RuntimeError, match="must match the size") as caught:
+        lifted(nn.Linear(2, 2), torch.ones(3, 2), torch.ones(5, 4, 2))
+    given, where = caught.value.__notes__
+    assert given.endswith(
+        "given args[0] of shape (3, 2), args[1] of shape (5, 2); in_axes= says which axis it gets one of"
+    )
+    assert where.endswith("raised in iteration 0 of 4")
+    assert not caplog.records
+
+
+class Narrowing(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.bias[0] < 1 else x[:, :1] @ self.weight
+
+
+@pytest.mark.filterwarnings("ignore::torchlift.TorchliftCompileWarning")
+def test_an_error_of_a_layer_says_in_which_layer() -> None:
+    layers = torchlift.scan_layers([Narrowing(2, 2) for _ in range(4)], compile={"backend": "aot_eager"})
+    layers[2].bias.data.fill_(2.0)
+    with pytest.raises(RuntimeError, match="cannot be multiplied|mat1 and mat2") as caught:
+        layers(torch.ones(3, 2))
+    assert caught.value.__notes__ == ["scan_layers(Narrowing): raised in iteration 2 of 4"]

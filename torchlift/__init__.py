@@ -50,8 +50,8 @@ from torchlift.state_dict import stack_state_dict, unstack_state_dict
 from torchlift.transforms.autodiff import grad, jvp, value_and_grad, vjp
 from torchlift.transforms.control_flow import cond, switch
 from torchlift.transforms.custom_vjp import custom_vjp
-from torchlift.transforms.iterations import broadcast
 from torchlift.transforms.jit import jit
+from torchlift.transforms.lengths import broadcast
 from torchlift.transforms.map_variables import map_variables
 from torchlift.transforms.metadata_axis import add_metadata_axis
 from torchlift.transforms.profiling import disable_named_call, enable_named_call, named_call, override_named_call

@@ -24,12 +24,12 @@ from torchlift.engine.draws import (
     node_draws,
     noting_apart,
     show_undrawn,
-    undone_draws,
 )
 from torchlift.engine.kept import KEEPS, Made
 from torchlift.engine.packs import pack_saved, select_rows
 from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
+from torchlift.engine.quiet import quiet
 from torchlift.engine.reached import Reached
 from torchlift.engine.remat import inline_remat
 from torchlift.engine.signature import Graphs, Signature
@@ -135,23 +135,11 @@ def substituted(fn: Callable[..., Any], originals: Sequence[torch.Tensor]) -> Ca
     return with_closures
 
 
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """NOTE [autocast cache]: casts of fakes must not end up in the cache of real ones."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with undone_draws():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-
-
 def probe(fn: Callable[..., Any], fakes: list[torch.Tensor], mode: Any, train: bool) -> Probe:
     """Runs the iterations on ``fakes`` and reports."""
 
     def once(spy: _Spy) -> Probe:
-        with _quiet(), inline_remat(), mode, torch.set_grad_enabled(train):
+        with quiet(), inline_remat(), mode, torch.set_grad_enabled(train):
             # Clones, so that an in-place write into a leaf that requires grad is no error here.
             inputs = [fake.clone() for fake in fakes]
             spy.made.note(inputs)
@@ -246,7 +234,7 @@ def trace(
         return [out.clone() if aliased or out._is_view() else out for out, aliased in zip(laid, seen.aliased)]
 
     regions = _Regions()
-    with _quiet(), inline_remat(regions.enter), torch.set_grad_enabled(train):
+    with quiet(), inline_remat(regions.enter), torch.set_grad_enabled(train):
         joint = _compat.joint_graph(flat, fakes, train, inductor)
     spans.tell(joint)
     _require_whole(joint)

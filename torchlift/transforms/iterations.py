@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,28 +24,19 @@ from torchlift.errors import (
     IterationError,
     RandomnessError,
     TorchliftCompileWarning,
+    TorchliftError,
     UnsupportedError,
     warn,
 )
 from torchlift.given import by_value
-from torchlift.groups import Groups, Role
+from torchlift.groups import Groups
 from torchlift.pack import Packed
 from torchlift.transforms.compiling import constant, settings, static_of, token
+from torchlift.transforms.lengths import broadcast, length_of
 from torchlift.transforms.options import check_axes
 from torchlift.transforms.profiling import names_of
 from torchlift.variables import ATTRIBUTE
 
-
-class _Broadcast(enum.Enum):
-    """The type of :data:`torchlift.broadcast`; of all things without a value, what Dynamo takes for a constant."""
-
-    BROADCAST = "broadcast"
-
-    def __repr__(self) -> str:
-        return "broadcast"
-
-
-broadcast = _Broadcast.BROADCAST
 _NUMBERS = (bool, int, float, complex)
 
 
@@ -74,17 +64,17 @@ class Iterations:
         lengths: tuple[int, ...] | None = None,
     ):  # fmt: skip
         self.label, self.levels, self.groups, self.transform = label, levels, groups, transform
-        names = lambda: _tree.argument_names(args, kwargs)
+        self.argument_names = names = lambda: _tree.argument_names(args, kwargs)
         if stacking.is_pending(module):
             leaves, _ = _tree.flatten((args, kwargs))
-            stacked_classes.materialize(module, _length(label, sizes, [], [], [], leaves, names, axes, 1)[0])
+            stacked_classes.materialize(module, length_of(label, sizes, [], [], [], leaves, names, axes, 1)[0])
         self.packed = packed = Packed(fn, module, args, kwargs, label, inside)
         self.roles = packed.group(groups.role)
         packed.allow(lambda c: groups.role(c).writable, _how_to_write)
         packed.refuse(groups.untold_streams(rng.positions()))
         self.axes = axes
         self.attributes = metadata.without_axis(packed, [role.axis for role in self.roles], metadata_params or {})
-        self.lengths = lengths or _length(
+        self.lengths = lengths or length_of(
             label, sizes, packed.entries, packed.tensors, self.roles, packed.leaves, names, axes, levels
         )
         self.carried = [at for at, role in enumerate(self.roles) if role.carried]
@@ -116,9 +106,21 @@ class Iterations:
             tensors = self._transformed(tensors)
         with self._streams(x[2]):
             roots = self.packed.places(outermost=iteration() is None)
-            out, update = self.packed.pure(tensors, leaves, self.attributes, roots)
+            try:
+                out, update = self.packed.pure(tensors, leaves, self.attributes, roots)
+            except Exception as error:
+                if not _compat.is_compiling():  # Dynamo has no notes
+                    self._note(error, leaves)
+                raise
         new_carry, ys = self._checked(out, carry[1])
         return self._sorted(tensors, update, new_carry, ys)
+
+    def _note(self, error: Exception, leaves: Sequence[Any]) -> None:
+        """Adds to an error of a body what an iteration is given: which axis goes is easily mistaken."""
+        named = [(name, leaf) for name, leaf in zip(self.argument_names(), leaves) if isinstance(leaf, Tensor)]
+        given = ", ".join(f"{name} of shape {tuple(leaf.shape)}" for name, leaf in named)
+        if given and not isinstance(error, TorchliftError):
+            error.add_note(f"{self.label}: an iteration is given {given}; in_axes= says which axis it gets one of")
 
     def _checked(self, out: Any, given: Sequence[Any]) -> tuple[list[Any], Any]:
         if not isinstance(out, tuple) or len(out) != 2:
@@ -410,41 +412,3 @@ def _described(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{leaf.dtype} {list(leaf.shape)}"
     return repr(leaf)
-
-
-def _length(
-    label: str, sizes: tuple[int, ...] | None, entries: Sequence[Any], tensors: Sequence[Tensor],
-    roles: Sequence[Role], leaves: Sequence[Any], names: Callable[[], list[str]], axes: Sequence[Any], levels: int,
-) -> tuple[int, ...]:  # fmt: skip
-    """The lengths of the loop's levels, on which all that is scanned must agree."""
-    found: dict[Any, tuple[int, ...]] = {} if sizes is None else {"length": sizes}
-    for entry, tensor, role in zip(entries, tensors, roles, strict=True):
-        if role.axis is not None:
-            where = f"{label}: {entry.name!r} in {entry.collection!r}"
-            free = tensor.ndim - levels + 1
-            if not -free <= role.axis < free:
-                shape = tuple(tensor.shape)
-                raise AxisError(f"{where} has shape {shape}, which has no axis {role.axis} to scan over")
-            axis = role.axis % free
-            found[f"{entry.name!r} in {entry.collection!r}"] = tuple(tensor.shape[axis : axis + levels])
-            if sizes is not None and found[f"{entry.name!r} in {entry.collection!r}"] != sizes:
-                got = found[f"{entry.name!r} in {entry.collection!r}"]
-                raise AxisError(f"{where} has {_plain(got)} on axis {axis}, expected {_plain(sizes)}")
-    for number, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
-        if isinstance(leaf, Tensor) and axis is not broadcast and axis is not None:
-            if not -leaf.ndim <= axis < leaf.ndim:
-                shape = tuple(leaf.shape)
-                raise AxisError(f"{label}: {names()[number]} has shape {shape}, which has no axis {axis}")
-            found[number] = (leaf.shape[axis],)
-    if not found:
-        raise AxisError(f"{label}: nothing is scanned over, so the length is not known; pass length=")
-    first = next(iter(found.values()))
-    if any(size != first for size in found.values()):  # not a set: a size that is symbolic has no hash
-        named = {number: f"{name} (axis {axis})" for number, (name, axis) in enumerate(zip(names(), axes, strict=True))}
-        listed = ", ".join(f"{named.get(what, what)}: {_plain(size)}" for what, size in found.items())
-        raise AxisError(f"{label}: the lengths disagree, expected one: {listed}")
-    return first
-
-
-def _plain(sizes: tuple[int, ...]) -> Any:
-    return sizes[0] if len(sizes) == 1 else sizes

@@ -18,7 +18,8 @@ from torchlift.groups import Groups, kept_by_label
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
 from torchlift.transforms.compiling import fleshed, out_of_graph, register, skeleton
-from torchlift.transforms.iterations import Iterations, broadcast, warn_plain
+from torchlift.transforms.iterations import Iterations, warn_plain
+from torchlift.transforms.lengths import broadcast
 from torchlift.transforms.options import (
     check_axes,
     check_callable,
