@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from torchlift import ArgumentError, TransformTargetError, VariableNameError, apply, explain, scan_layers
+from torchlift import (
+    ArgumentError,
+    ModifyCollectionError,
+    TransformTargetError,
+    VariableNameError,
+    apply,
+    explain,
+    scan_layers,
+)
 from torchlift.engine.compiled import compilations
 
 AOT = {"backend": "aot_eager"}
@@ -110,3 +118,15 @@ def test_a_loop_is_compiled_once_for_all_calls(mutable):
         before = compilations.total()
         call()
         assert compilations.total() == before > 0
+
+
+@pytest.mark.parametrize(
+    ("mutable", "match"),
+    [
+        (False, r"read-only there; pass mutable=\['batch_stats'\] and take it from the result"),
+        (["batch_stat"], r"read-only there; mutable=\['batch_stat'\] does not name it; add 'batch_stats' and take it"),
+    ],
+)
+def test_a_change_that_is_not_allowed_says_what_would_allow_it(mutable, match):
+    with pytest.raises(ModifyCollectionError, match=match):
+        apply(nn.BatchNorm1d(3), {}, torch.ones(4, 3), mutable=mutable)

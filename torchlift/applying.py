@@ -70,7 +70,7 @@ def apply(
         check(mutable, f"{label}: mutable")
     with seed_rngs(**rngs) if rngs else nullcontext():
         packed = Packed(_method(module, method), module, args, kwargs, label)
-        packed.allow(lambda c: matches(mutable, c), lambda c: f"pass mutable=[{c!r}] and take it from the result")
+        packed.allow(lambda c: matches(mutable, c), lambda c: _how_to_write(c, mutable))
         packed.isolated, packed.fills = True, not _compat.is_compiling()
         if mutable is not False:
             packed.context = {**packed.context, "captures": (*context.captures, Capture(mutable))}
@@ -110,6 +110,12 @@ def apply(
         known = {entry.collection for entry in packed.entries}
         misspelt.warn_misspelt(module, label, given, lambda: known.union(updated))
     return out, updated
+
+
+def _how_to_write(collection: str, mutable: Filter) -> str:
+    if mutable is False:
+        return f"pass mutable=[{collection!r}] and take it from the result"
+    return f"mutable={mutable!r} does not name it; add {collection!r} and take it from the result"
 
 
 def _is_mapping(value: Any) -> bool:
