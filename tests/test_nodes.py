@@ -124,6 +124,17 @@ def test_layers_are_recalled_together_until_one_is_replaced():
     assert forest(stack).nodes[2][0].module is other
 
 
+def test_layers_are_found_one_by_one_where_python_counts_no_changes(monkeypatch):
+    """As from Python 3.12 on."""
+    monkeypatch.setattr(_compat, "dict_versions", lambda dicts: None)
+    stack, x = scan_layers([Layer() for _ in range(3)], compile={"backend": "aot_eager"}), torch.randn(3, 2)
+    for shift in (0.5, 0.5, 1.5):
+        for layer in stack:
+            layer.shift = shift
+        torch.testing.assert_close(stack(x), expected(scan_layers(stack, compile=False), x), rtol=1e-12, atol=1e-12)
+    assert forest(stack) is None
+
+
 def test_a_layer_in_another_mode_is_told_at_each_call():
     stack, x = planted()
     stack[1].eval()

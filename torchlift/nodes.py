@@ -218,9 +218,9 @@ class Forest:
 
     def recall(self, roots: Sequence[nn.Module]) -> list[list[Tensor]] | None:
         """The tensors of each tree, if all are those of ``roots`` and as they were."""
-        if self._versions is None or any(self._hooks):
+        if any(self._hooks) or len(roots) != len(self.nodes):
             return None
-        if len(roots) != len(self.nodes) or any(tree[0].module is not root for tree, root in zip(self.nodes, roots)):
+        if any(tree[0].module is not root for tree, root in zip(self.nodes, roots)):
             return None
         if not all(map(operator.is_, map(type, self._modules), self._classes)):
             return None
@@ -267,7 +267,7 @@ def forest(owner: nn.Module) -> Forest | None:
 def plant(owner: nn.Module, memories: Sequence[Memory | None], nodes: Sequence[list[Node]]) -> None:
     """Remembers the trees that ``owner`` holds together, if each is remembered."""
     known = [memory for memory in memories if memory is not None]
-    if len(known) == len(memories):
+    if len(known) == len(memories) and _compat.dict_versions([]) is not None:
         _forests[owner] = Forest(known, nodes)
     else:
         _forests.pop(owner, None)
