@@ -124,7 +124,10 @@ def test_a_loop_is_compiled_once_for_all_calls(mutable):
     ("mutable", "match"),
     [
         (False, r"read-only there; pass mutable=\['batch_stats'\] and take it from the result"),
-        (["batch_stat"], r"read-only there; mutable=\['batch_stat'\] does not name it; add 'batch_stats' and take it"),
+        (
+            ["batch_stat"],
+            r"read-only there; mutable=\['batch_stat'\] does not allow it: name 'batch_stats' there and take",
+        ),
     ],
 )
 def test_a_change_that_is_not_allowed_says_what_would_allow_it(mutable, match):

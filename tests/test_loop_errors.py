@@ -108,23 +108,26 @@ def test_an_error_of_a_body_comes_alone_and_says_what_an_iteration_is_given(comp
     lifted = torchlift.scan(lambda m, c, x: (m(c) + x, None), variable_broadcast="params", in_axes=1, compile=compile)
     with pytest.raises(RuntimeError, match="must match the size") as caught:
         lifted(nn.Linear(2, 2), torch.ones(3, 2), torch.ones(5, 4, 2))
-    given, where = caught.value.__notes__
-    assert given.endswith(
-        "given args[0] of shape (3, 2), args[1] of shape (5, 2); in_axes= says which axis it gets one of"
-    )
-    assert where.endswith("raised in iteration 0 of 4")
+    assert caught.value.__notes__ == [
+        f"{label(compile)}: iteration 0 of 4 was given args[1] of shape (5, 2); see in_axes="
+    ]
     assert not caplog.records
 
 
-class Narrowing(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.bias[0] < 1 else x[:, :1] @ self.weight
+def label(compile: Any) -> str:
+    told = "" if compile is True else f", compile={compile!r}"
+    return f"scan(<lambda>, variable_broadcast='params', in_axes=1{told})"
 
 
-@pytest.mark.filterwarnings("ignore::torchlift.TorchliftCompileWarning")
-def test_an_error_of_a_layer_says_in_which_layer() -> None:
-    layers = torchlift.scan_layers([Narrowing(2, 2) for _ in range(4)], compile={"backend": "aot_eager"})
-    layers[2].bias.data.fill_(2.0)
-    with pytest.raises(RuntimeError, match="cannot be multiplied|mat1 and mat2") as caught:
-        layers(torch.ones(3, 2))
-    assert caught.value.__notes__ == ["scan_layers(Narrowing): raised in iteration 2 of 4"]
+def test_a_note_takes_the_place_of_no_error_and_is_written_once() -> None:
+    error = ValueError("mine")
+
+    def body(m: nn.Module, c: Tensor, x: Tensor, nested: Tensor) -> Any:
+        raise error
+
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    lifted = torchlift.scan(body, in_axes=(0, torchlift.broadcast), compile=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="mine"):
+            lifted(nn.Linear(2, 2), torch.ones(2), torch.ones(3, 1), nested)
+    assert len(error.__notes__) == 1

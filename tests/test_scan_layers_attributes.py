@@ -72,3 +72,36 @@ def test_read_in_a_graph():
     x = torch.randn(2, 4)
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), forward(x))
+
+
+class Mapping(nn.Module):
+    """A layer that made its transforms itself."""
+
+    def __init__(self, transform, out):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.mapped = transform(
+            lambda module, *args: out(module(args[0])), **({"length": 2} if out is repeated else {})
+        )
+
+    def forward(self, x):
+        out = self.mapped(self.linear, x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def repeated(x):
+    return x, None
+
+
+@pytest.mark.parametrize(("transform", "out"), [(torchlift.vmap, torch.tanh), (torchlift.scan, repeated)])
+def test_layers_that_hold_a_lifted_function_are_alike_at_each_call(transform, out, float64):
+    layers = [Mapping(transform, out) for _ in range(3)]
+    layers[0](torch.ones(2, 4))  # used before, which says nothing about it
+    stack, x = torchlift.scan_layers(layers, compile={"backend": "aot_eager"}), torch.randn(2, 4)
+    wanted = torchlift.scan_layers(layers, compile=False)(x)
+    seen = []
+    for _ in range(4):
+        torch.testing.assert_close(stack(x), wanted, rtol=1e-12, atol=1e-12)
+        seen.append(torchlift.explain(stack, x)[-1].compilations)
+    assert len(set(seen[1:])) == 1
+    torch.testing.assert_close(torch.compile(stack, backend="aot_eager")(x), wanted, rtol=1e-12, atol=1e-12)

@@ -406,3 +406,14 @@ def test_shapes_that_depend_on_values_run_index_by_index():
         ),
     ):
         vmap(positive, variable_axes=mapped, in_axes=None)(stack, x)
+
+
+def test_a_mapping_that_is_changed_after_lifting_counts_as_it_is():
+    axes = {"params": 0}
+    heads = vmap(lambda m, x: m(x), variable_axes=axes, in_axes=None)
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    first.weight, first.bias = nn.Parameter(torch.randn(5, 3, 4)), nn.Parameter(torch.randn(5, 3))
+    second.weight, second.bias = nn.Parameter(torch.randn(3, 5, 4)), nn.Parameter(torch.randn(3, 5))
+    assert heads(first, torch.ones(2, 4)).shape == (5, 2, 3)
+    axes["params"] = 1
+    assert heads(second, torch.ones(2, 4)).shape == (5, 2, 3)

@@ -115,7 +115,7 @@ def apply(
 def _how_to_write(collection: str, mutable: Filter) -> str:
     if mutable is False:
         return f"pass mutable=[{collection!r}] and take it from the result"
-    return f"mutable={mutable!r} does not name it; add {collection!r} and take it from the result"
+    return f"mutable={mutable!r} does not allow it: name {collection!r} there and take it from the result"
 
 
 def _is_mapping(value: Any) -> bool:

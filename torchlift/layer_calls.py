@@ -11,7 +11,7 @@ from torch import nn
 
 from torchlift import _compat, _tree, fingerprint
 from torchlift.enrolling import shared_buffers
-from torchlift.nodes import Forest, forest, plant
+from torchlift.nodes import Forest, ground
 from torchlift.pack import Packed
 from torchlift.transforms.profiling import names_of
 from torchlift.transforms.remat import remat
@@ -26,7 +26,6 @@ def carried_by(out: Any, spec: _tree.Spec) -> Any:
     return out[0] if isinstance(out, tuple) and out and _tree.flatten(out)[1] != spec else out
 
 
-_IN_STEP = "in step"  # of a forest: whether all layers have as many submodules, in the same mode
 _filling: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str]] = weakref.WeakKeyDictionary()
 
 
@@ -46,16 +45,16 @@ class LayersCall:
         self.remat = layers.options()["remat"]
 
     def _beside(self, first: Packed, layers: list[nn.Module]) -> list[Packed]:
-        """The calls of all layers; ``forest`` is that of their trees if none has changed since the call before."""
-        known = None if first.memory is None else forest(self.layers)
-        trees = None if known is None else known.recall(layers)
-        if known is not None and trees is not None:
-            self.forest = known
-            found = zip(known.memories, known.nodes, trees)
-            return [first, *(first.beside(*one) for one in list(zip(layers, found))[1:])]
-        packed = [first, *(first.beside(layer) for layer in layers[1:])]
-        if first.memory is not None:
-            plant(self.layers, [one.memory for one in packed], [one.nodes for one in packed])
+        """The calls of all layers; ``forest`` is that of their trees, if none has changed since the call before."""
+        place = None if first.memory is None else ground(self.layers)
+        known = None if place is None else place.recall(layers)
+        if known is not None:
+            self.forest, trees = known
+            found = zip(self.forest.memories[1:], self.forest.nodes[1:], trees[1:])
+            return [first, *map(first.beside, layers[1:], found)]
+        packed = [first, *map(first.beside, layers[1:])]
+        if place is not None:
+            place.plant([one.memory for one in packed], [one.nodes for one in packed])
         return packed
 
     def why_plain(self) -> tuple[str | None, bool]:
@@ -70,13 +69,13 @@ class LayersCall:
             return told, True
         if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
             return "layers share a buffer", False
-        if self.forest is None or not self.forest.keys.get(_IN_STEP):
+        if self.forest is None or not self.forest.in_step:
             if len({len(packed.nodes) for packed in self.packed}) > 1:
                 return "some layers have other submodules than others; make the stack anew with scan_layers", True
             if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
                 return "some layers are in training mode and some are not", False
             if self.forest is not None:
-                self.forest.keys[_IN_STEP] = True
+                self.forest.in_step = True
         return fingerprint.opaque(self.packed[0].leaves), True
 
     def names(self, index: int) -> tuple[str, ...]:
@@ -94,7 +93,7 @@ class LayersCall:
 
     @property
     def has_hooks(self) -> bool:
-        # Those that are remembered have the hooks that all modules have.
+        # Layers that are remembered have no hooks of their own; that of all modules the first one is asked for.
         asked = self.packed[:1] if self.forest is not None else self.packed
         return any(packed.has_hooks(skip_root=False) for packed in asked)
 

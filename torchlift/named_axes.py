@@ -42,7 +42,10 @@ def around() -> tuple[NamedAxis, ...]:
 
 def and_named(name: str | None, size: int, index: Tensor | None) -> tuple[NamedAxis, ...]:
     """The axes that a body is in, and one more if it has a name."""
-    return around() if name is None or index is None else (*around(), NamedAxis(name, size, index))
+    if name is None:
+        return around()
+    assert index is not None
+    return (*around(), NamedAxis(name, size, index))
 
 
 def find(names: Names, where: str) -> list[NamedAxis]:

@@ -84,7 +84,7 @@ class Packed(Changeable):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)  # as copy.copy does, which looks for ways to do it first
         if found is not None:
-            other.roots, other._writable = [module], None
+            other.roots, other._writable = [module], None  # as `allow` leaves it: found when asked for
             other._take_up(*found)
         elif _compat.is_compiling() and self.simple:
             other._collect_like(module, self)

@@ -326,11 +326,12 @@ class _Call(LayersCall):
         skip = self.layers.scanned_attributes
         first, *others = self.packed
         own = fingerprint.of_modules(first, skip)
-        known = {} if self.forest is None else self.forest.keys
-        if known.get(skip) != own and not all(fingerprint.has_key(packed, own, skip) for packed in others):
-            self.layers.check()
-            raise UnsupportedError("some layers tie tensors or submodules that others do not")
-        known[skip] = own
+        if self.forest is None or self.forest.agreed.get(skip) != own:
+            if not all(fingerprint.has_key(packed, own, skip) for packed in others):
+                self.layers.check()
+                raise UnsupportedError("some layers tie tensors or submodules that others do not")
+            if self.forest is not None:
+                self.forest.agreed[skip] = own
         return fingerprint.of_packed(first, skip)
 
     def check_hidden(self) -> None:

@@ -115,7 +115,7 @@ def clear_cache() -> None:
 
 def environment(key: Hashable, around: tuple[Hashable, ...] | None = None) -> tuple[Hashable, ...]:
     """What a capture depends on besides the body, of that ``key``, and its inputs; ``around`` are the settings."""
-    return (*(around or settings()), spans.wanted_by(key))
+    return (*(settings() if around is None else around), spans.wanted_by(key))
 
 
 def tensor_key(t: torch.Tensor) -> tuple[Hashable, ...]:

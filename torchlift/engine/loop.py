@@ -99,12 +99,7 @@ def plain_run(
             if start is not None and first + offset > 0:
                 write_states(start)
             at_iteration(order[first + offset])
-            try:
-                carry, y = fn(consts, carry, x)
-            except Exception as error:
-                if not _compat.is_compiling():  # Dynamo has no notes
-                    error.add_note(f"{body.name}: raised in iteration {order[first + offset]} of {length}")
-                raise
+            carry, y = fn(consts, carry, x)
             outs.append(y)
         return carry, tuple(outs)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from torchlift import _compat
 from torchlift.engine.draws import undone_draws
 
 
@@ -19,9 +20,9 @@ def quiet() -> Iterator[None]:
 
     NOTE [autocast cache]: casts of fakes must not end up in the cache of real ones.
     """
-    # One of its own for each block: they may be in one another.
+    # A new filter for each block, since blocks nest.
     is_news = lambda record: not str(record.msg).startswith("failed while attempting to run meta")
-    log, cached = logging.getLogger("torch._subclasses.fake_tensor"), torch.is_autocast_cache_enabled()
+    log, cached = logging.getLogger(_compat.FakeTensorMode.__module__), torch.is_autocast_cache_enabled()
     log.addFilter(is_news)
     torch.set_autocast_cache_enabled(False)
     try:

@@ -17,8 +17,8 @@ from torchlift.engine.capture import CaptureError, KeptTensorError, like_strided
 from torchlift.engine.compiled import Request, find_program
 from torchlift.engine.draws import devices_of, read_states, write_states
 from torchlift.engine.forms import Likeness
-from torchlift.engine.given import Given, Split, why_plain
 from torchlift.engine.graphs import Backend
+from torchlift.engine.inputs import Inputs, Split, why_plain
 from torchlift.engine.loop import Body, Stacked, Tree, Xs, check_arguments, plain_run
 from torchlift.engine.nested import nested_run
 from torchlift.engine.node import Loop, Tensors, run_forward, run_single
@@ -139,8 +139,8 @@ def _run(body: Body, consts: Tree, carry: Tree, xs: Xs, length: int, options: _O
         return nested
     reason, unexpected = why_plain(length, compile)
     if reason is None:
-        given = Given.of(consts, carry, xs)
-        reason, unexpected = given.why_plain(body.key)
+        given = Inputs.of(consts, carry, xs)
+        reason, unexpected = given.why_not(body.key)
         if reason is None:
             try:
                 return _compiled_run(body, given, length, options, Backend.of(compile))
@@ -221,7 +221,7 @@ class _Job:
         return [t.requires_grad for t in self.carry]
 
 
-def _compiled_run(body: Body, given: Given, length: int, options: _Options, backend: Backend) -> tuple[Tree, Xs]:
+def _compiled_run(body: Body, given: Inputs, length: int, options: _Options, backend: Backend) -> tuple[Tree, Xs]:
     # One layout for the carry of all iterations.
     carry = [like_strided(t, t) for t in given.carry[0]]
     job = _Job(body, *given.consts, carry, given.carry[1], torch.is_grad_enabled(), backend, options)
@@ -315,7 +315,7 @@ def _report(job: _Job, program: Program, nodes: int) -> None:
     record(Report(job.body.name, "compiled", None, nodes, made, saved, recomputed, program.random))
 
 
-def _run_list(job: _Job, given: Given, length: int) -> tuple[Tree, Xs]:
+def _run_list(job: _Job, given: Inputs, length: int) -> tuple[Tree, Xs]:
     """One autograd node for each iteration (for each graph when unrolled, each outermost piece when nested)."""
     o = job.options
     order = list(range(length))[:: -1 if o.reverse else 1]
@@ -326,7 +326,7 @@ def _run_list(job: _Job, given: Given, length: int) -> tuple[Tree, Xs]:
     if o.shared_draws and any(plan.random for plan, _, _ in plans):
         start = read_states(plans[0][0].devices)
     ys: list[Tree] = [None] * length
-    filled: dict[int, Tree] = {}  # of templates without tensors: one for all iterations that have it
+    filled: dict[int, Tree] = {}  # of templates without tensors, which the plans keep: one for all that have it
     carry = job.carry
     at = 0
     for plan, closures, templates in plans:

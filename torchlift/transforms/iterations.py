@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,11 +117,18 @@ class Iterations:
         return self._sorted(tensors, update, new_carry, ys)
 
     def _note(self, error: Exception, leaves: Sequence[Any]) -> None:
-        """Adds to an error of a body what an iteration is given: which axis goes is easily mistaken."""
-        named = [(name, leaf) for name, leaf in zip(self.argument_names(), leaves) if isinstance(leaf, Tensor)]
-        given = ", ".join(f"{name} of shape {tuple(leaf.shape)}" for name, leaf in named)
-        if given and not isinstance(error, TorchliftError):
-            error.add_note(f"{self.label}: an iteration is given {given}; in_axes= says which axis it gets one of")
+        """Adds to an error of a body which iteration it was, and what that was given: the wrong axis, easily."""
+        if isinstance(error, TorchliftError):
+            return
+        with contextlib.suppress(Exception):  # a note is not worth another error
+            named = list(zip(self.argument_names(), leaves))
+            scanned = [(name, leaf) for name, leaf in (named[at] for at in self.xs_at) if isinstance(leaf, Tensor)]
+            given = [f"{name} of shape {tuple(leaf.shape)}" for name, leaf in scanned]
+            at = iteration()
+            where = "an iteration" if at is None else f"iteration {at} of {math.prod(self.lengths)}"
+            note = f"{self.label}: {where} was given {', '.join(given) or 'the carry alone'}; see in_axes="
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
 
     def _checked(self, out: Any, given: Sequence[Any]) -> tuple[list[Any], Any]:
         if not isinstance(out, tuple) or len(out) != 2:

@@ -14,7 +14,7 @@ from torchlift._context import context
 from torchlift.engine.loop import Body
 from torchlift.errors import AxisError, TorchliftWarning, TransformTargetError, UnsupportedError, warn
 from torchlift.filters import DenyList, Filter, In, Out
-from torchlift.groups import Groups, kept_by_label
+from torchlift.groups import Groups, groups_of
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
 from torchlift.transforms.compiling import fleshed, out_of_graph, register, skeleton
@@ -45,9 +45,8 @@ class _Loop(Transform):
         """What it takes to make the transform again: its class and its settings."""
         return type(self), {f.name: _spelled(getattr(self, f.name)) for f in fields(self)}
 
-    @kept_by_label
     def groups(self, label: str) -> Groups:
-        return Groups(label, self.variable_axes, self.variable_broadcast, self.variable_carry, self.split_rngs)
+        return groups_of(label, self.variable_axes, self.variable_broadcast, self.variable_carry, self.split_rngs)
 
     @property
     def sizes(self) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ from torchlift.errors import (
     UnsupportedError,
     warn,
 )
-from torchlift.groups import Groups, kept_by_label
+from torchlift.groups import Groups, groups_of
 from torchlift.lifting import Target, Transform, lift
 from torchlift.named_axes import and_named
 from torchlift.pack import Packed
@@ -49,9 +49,8 @@ class _Vmap(Transform):
         if self.chunk_size is not None:
             check_count(self.chunk_size, "vmap: chunk_size")
 
-    @kept_by_label
     def groups(self, label: str) -> Groups:
-        return Groups(label, self.variable_axes, split_rngs=self.split_rngs)
+        return groups_of(label, self.variable_axes, False, False, self.split_rngs)
 
     def stacking(self, base: type[nn.Module]) -> stacking.Stacking | None:
         groups = self.groups(self.label(base))
@@ -82,9 +81,9 @@ class _Vmap(Transform):
         run = _Run(packed, groups, self.out_axes, size, self.axis_name)
         run.attributes = metadata.without_axis(packed, [role.axis for role in roles], self.partition_params)
         in_dims = (0, [role.axis for role in roles], [leaf_axes[at] for at in packed.tensor_leaves])
-        # For a body that may ask for it, and for torch's own vmap, where nothing else may be mapped.
-        counted = self.axis_name is not None or self.chunk_size is not None or _compat.is_compiling()
-        index = torch.arange(size, device=packed.device) if counted else None
+        # A body may ask for it by the axis's name, and torch's own vmap needs something to map.
+        needed = self.axis_name is not None or self.chunk_size is not None or _compat.is_compiling()
+        index = torch.arange(size, device=packed.device) if needed else None
         inputs = (index, packed.tensors, [packed.leaves[at] for at in packed.tensor_leaves])
         out, update = run.finish(self._map(run, in_dims, inputs, groups))
         packed.publish(update)
@@ -107,12 +106,11 @@ class _Vmap(Transform):
             if _compat.is_compiling() or self.chunk_size is not None:
                 return torch.func.vmap(run.one, in_dims, randomness=randomness, chunk_size=self.chunk_size)(*inputs)
             index, tensors, leaves = inputs
-            count, flat, dims = len(tensors), [*tensors, *leaves], [*in_dims[1], *in_dims[2]]
-            if index is not None:
-                flat, dims = [*flat, index], [*dims, 0]
+            first = [] if index is None else [index]
+            at, end = len(first), len(first) + len(tensors)
             return _compat.vmap_of_lists(
-                lambda rows: run.one(None if index is None else rows.pop(), rows[:count], rows[count:]), flat, dims,
-                run.size, randomness,
+                lambda rows: run.one(rows[0] if first else None, rows[at:end], rows[end:]),
+                [*first, *tensors, *leaves], [*[0] * at, *in_dims[1], *in_dims[2]], run.size, randomness,
             )  # fmt: skip
         except RuntimeError as error:
             text = str(error)

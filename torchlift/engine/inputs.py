@@ -44,7 +44,7 @@ Split = tuple[list[torch.Tensor], Template]
 
 
 @dataclass
-class Given:
+class Inputs:
     """The inputs of a loop, taken apart once: ``xs`` has one part, of stacks, or one for each iteration."""
 
     consts: Split
@@ -54,11 +54,11 @@ class Given:
     alike: list[bool] = field(init=False)  # whether the tensors of each part of xs are like those of the first
 
     @staticmethod
-    def of(consts: Tree, carry: Tree, xs: Xs) -> Given:
+    def of(consts: Tree, carry: Tree, xs: Xs) -> Inputs:
         trees = [xs.tree] if isinstance(xs, Stacked) else xs
-        return Given(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
+        return Inputs(split(consts), split(carry), [split(x) for x in trees], isinstance(xs, Stacked))
 
-    def why_plain(self, key: Hashable) -> tuple[str | None, bool]:
+    def why_not(self, key: Hashable) -> tuple[str | None, bool]:
         """As :func:`why_plain`, for the tensors. What is like the first iteration is not looked at again.
 
         Nor is that, if it is like the one at the last call of the body with this ``key``.
