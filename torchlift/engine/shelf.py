@@ -23,7 +23,7 @@ import torch
 
 _MADE = re.compile(
     r"aoti_torch_empty_strided\((\d+), (\w+), (\w+), cached_torch_dtype_(\w+), "
-    r"cached_torch_device_type_cpu, 0, &(\w+)\)"
+    r"cached_torch_device_type_cpu, +0, &(\w+)\)"
 )
 _ARRAY = re.compile(r"static constexpr int64_t (\w+)\[\] = \{([-\dL, ]*)\};")
 _NEW = re.compile(r"\bauto[&*\s]+(\w+) =|&(\w+)|RAIIAtenTensorHandle (\w+)\(")
