@@ -247,14 +247,15 @@ class Ground:
 
     def recall(self, roots: Sequence[nn.Module]) -> tuple[Forest, list[list[Tensor]]] | None:
         """The forest and the tensors of each tree, if all are as they were."""
-        if self.forest is None:
+        known = self.forest  # which another thread may clear meanwhile
+        if known is None:
             return None
-        trees = self.forest.recall(roots)
+        trees = known.recall(roots)
         if trees is None:
             self.forest, self._calls, self._pause = None, 0, min(2 * self._pause, 64)
             return None
         self._pause = 1
-        return self.forest, trees
+        return known, trees
 
     def plant(self, memories: Sequence[Memory | None], nodes: Sequence[list[Node]]) -> None:
         """Remembers these trees together, if each is remembered and it is time."""
