@@ -546,6 +546,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_dynamo_compiling()
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces: torch 2.11 has Dynamo take ``torch.compiler.is_exporting()`` for True."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_tracing() -> bool:
     """Whether operators are being recorded or run on fake tensors, by Dynamo or otherwise, rather than computed."""
     if is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
@@ -799,7 +804,7 @@ def vmap_of_lists(
 
     functorch.lazy_load_decompositions()
     # What torch's vmap calls looks each time for an export, which takes longer than what it does then.
-    calls: Any = functorch if torch.compiler.is_exporting() else torch._C._functorch
+    calls: Any = functorch if is_exporting() else torch._C._functorch
     level = calls._vmap_increment_nesting(size, randomness)
     try:
         rows = [t if d is None else calls._add_batch_dim(t, d % t.ndim, level) for t, d in zip(tensors, dims)]

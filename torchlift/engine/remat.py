@@ -100,7 +100,7 @@ def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: 
     @functools.wraps(fn)
     def rematerialised(*args: Any, **kwargs: Any) -> Any:
         # An exported program is one of values: it has no backward to compute anything again in.
-        if torch.compiler.is_exporting():
+        if _compat.is_exporting():
             return fn(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             if keeps_all or _compat.functorch_active() or _compat.forward_ad_active():
