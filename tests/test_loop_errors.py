@@ -108,15 +108,9 @@ def test_an_error_of_a_body_comes_alone_and_says_what_an_iteration_is_given(comp
     lifted = torchlift.scan(lambda m, c, x: (m(c) + x, None), variable_broadcast="params", in_axes=1, compile=compile)
     with pytest.raises(RuntimeError, match="must match the size") as caught:
         lifted(nn.Linear(2, 2), torch.ones(3, 2), torch.ones(5, 4, 2))
-    assert caught.value.__notes__ == [
-        f"{label(compile)}: iteration 0 of 4 was given args[1] of shape (5, 2); see in_axes="
-    ]
+    label = f"scan(<lambda>, variable_broadcast='params', in_axes=1, compile={compile!r})"
+    assert caught.value.__notes__ == [f"{label}: iteration 0 of 4 was given args[1] of shape (5, 2); see in_axes="]
     assert not caplog.records
-
-
-def label(compile: Any) -> str:
-    told = "" if compile is True else f", compile={compile!r}"
-    return f"scan(<lambda>, variable_broadcast='params', in_axes=1{told})"
 
 
 def test_a_note_takes_the_place_of_no_error_and_is_written_once() -> None:

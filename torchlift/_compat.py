@@ -584,7 +584,7 @@ def versions(tensors: list[torch.Tensor]) -> list[int]:
     if is_compiling():
         return [0] * len(tensors)
     if not functorch_active():
-        try:  # noqa: SIM105 - suppress takes as long as ten versions
+        try:  # noqa: SIM105 - suppress takes as long as five versions
             return [tensor._version for tensor in tensors]
         except RuntimeError:  # an inference tensor has none
             pass

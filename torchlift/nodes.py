@@ -126,7 +126,8 @@ class Memory:
         self._counted = [*self._dicts, *self._stores]
         self._versions: list[int] | None = None
         self._items = [*chain(*self._tables)]
-        self._sized, self._named = [*self._stores, *self._tables], [*modules, *self._stores]
+        self._lengths = [*map(len, self._tables)]
+        self._named = [*modules, *self._stores]
         self._layout, self._absent = self._look(), self._look_for_none()
         self._some_absent = any(self._absent)
         self._first, self._others = (nodes[0].tensors, nodes[0].children), nodes[1:]
@@ -137,7 +138,7 @@ class Memory:
     def _look(self) -> list[Any]:
         """How much there is, and under which names: numbers and strings, which may be told apart by value."""
         # Of attributes the last name: one that takes the place of another goes to the end.
-        return [*map(len, self._sized), *map(next, map(reversed, self._fields)), *chain(*self._named)]
+        return [*map(len, self._stores), *map(next, map(reversed, self._fields)), *chain(*self._named)]
 
     def _look_for_none(self) -> list[bool]:
         return [tensor is None for tensor in chain.from_iterable(map(dict.values, self._stores))]
@@ -171,20 +172,11 @@ class Memory:
     def recall(self) -> tuple[list[Node], list[Tensor]] | None:
         """The nodes and the tensors, if the tree is as it was."""
         root = self.root()
-        if root is None or any(self._hooks):
-            return None
-        modules = [root, *[node.module for node in self._others]]
-        if not all(map(operator.is_, map(type, modules), self._classes)):
-            return None
-        if not all(map(operator.is_, map(_fields_of, modules), self._fields)):
+        if root is None or not _stand(self, [root, *[node.module for node in self._others]]):
             return None
         versions = _compat.dict_versions(self._counted)
         changed = versions is None or versions != self._versions
-        if changed and not same(self._dicts, self._held):
-            return None
-        if (changed or self._tables) and self._look() != self._layout:
-            return None
-        if not all(map(operator.is_, chain(*self._tables), self._items)) or not _same_objects(self._objects):
+        if changed and not (same(self._dicts, self._held) and self._look() == self._layout):
             return None
         found = [*chain.from_iterable(map(dict.values, self._stores))]
         tensors = [tensor for tensor in found if tensor is not None] if changed or self._some_absent else found
@@ -200,7 +192,7 @@ class Memory:
 class Forest:
     """The memories of several trees, recalled in one go: at half the time that each by itself takes.
 
-    It asks of all what :meth:`Memory.recall` asks of one, but knows them only if no dict has changed at all.
+    It knows them only if no dict has changed at all.
     """
 
     def __init__(self, memories: Sequence[Memory], nodes: Sequence[list[Node]]):
@@ -221,17 +213,9 @@ class Forest:
 
     def recall(self, roots: Sequence[nn.Module]) -> list[list[Tensor]] | None:
         """The tensors of each tree, if all are those of ``roots`` and as they were."""
-        if any(self._hooks) or len(roots) != len(self.nodes):
+        if len(roots) != len(self.nodes) or any(a[0].module is not b for a, b in zip(self.nodes, roots)):
             return None
-        if any(tree[0].module is not root for tree, root in zip(self.nodes, roots)):
-            return None
-        if not all(map(operator.is_, map(type, self._modules), self._classes)):
-            return None
-        if not all(map(operator.is_, map(_fields_of, self._modules), self._fields)):
-            return None
-        if _compat.dict_versions(self._counted) != self._versions or [*map(len, self._tables)] != self._lengths:
-            return None
-        if not all(map(operator.is_, chain(*self._tables), self._items)) or not _same_objects(self._objects):
+        if not _stand(self, self._modules) or _compat.dict_versions(self._counted) != self._versions:
             return None
         found = chain.from_iterable(map(dict.values, self._stores))
         tensors = [tensor for tensor in found if tensor is not None] if self._some_absent else [*found]
@@ -265,9 +249,16 @@ class Ground:
             self.forest = Forest(known, nodes) if len(known) == len(memories) else None
 
 
-def _same_objects(objects: list[tuple[Any, type, Any]]) -> bool:
-    """Whether objects have the class and the very fields that they had."""
-    return all(type(value) is kind and value.__dict__ is fields for value, kind, fields in objects)
+def _stand(known: Memory | Forest, modules: Sequence[nn.Module]) -> bool:
+    """Whether ``modules`` are as they were ``known``, in all that no count of a dict tells."""
+    return (
+        not any(known._hooks)
+        and all(map(operator.is_, map(type, modules), known._classes))
+        and all(map(operator.is_, map(_fields_of, modules), known._fields))
+        and [*map(len, known._tables)] == known._lengths
+        and all(map(operator.is_, chain(*known._tables), known._items))
+        and all(type(value) is kind and value.__dict__ is fields for value, kind, fields in known._objects)
+    )
 
 
 _fields_of = operator.attrgetter("__dict__")
