@@ -159,6 +159,45 @@ def test_a_program_that_cannot_be_built_is_called_from_python(monkeypatch):
     assert torchlift.engine.run.last_report().path == "compiled"
 
 
+def test_headers_that_were_left_half_made_are_done_without(monkeypatch):
+    programs = _compat._programs()
+    monkeypatch.setattr(_compat, "prepare_compiler", lambda native: None)
+    monkeypatch.setattr(programs, "headers", "torchlift/half_made.h")
+    assert_as_the_loop(torch.cosh)
+    assert torchlift.engine.run.last_report().path == "compiled" and programs.headers is None
+
+
+def test_headers_that_the_compiler_fails_at_are_removed(monkeypatch, tmp_path):
+    """A process that was killed leaves half a file, and every later one would find it."""
+    from torch._inductor.exc import CppCompileError
+
+    programs, header = _compat._programs(), tmp_path / "headers.h.gch"
+
+    def load(cls, code):
+        if cls.headers:
+            raise CppCompileError(["g++", "-include", str(tmp_path / "headers.h")], "cannot read PCH file")
+        return lambda: code
+
+    monkeypatch.setattr(programs, "load_pybinding_async", classmethod(load))
+    for headers in ("headers.h", None):
+        header.write_text("half")
+        monkeypatch.setattr(programs, "headers", headers)
+        assert _compat._built("a program") == "a program" and header.exists() == (headers is None)
+    monkeypatch.setattr(programs, "headers", None)
+    with pytest.raises(RuntimeError, match="C\\+\\+ compile error"):
+        monkeypatch.setattr(
+            programs, "load_pybinding_async", lambda code: load(type("Used", (), {"headers": "some"}), code)
+        )
+        _compat._built("a program")
+
+
+def test_no_program_waits_for_headers(monkeypatch):
+    programs = _compat._programs()
+    monkeypatch.setattr(programs, "headers", None)
+    assert programs._get_uncompiled_header("cpu") is None
+    assert programs._get_uncompiled_header("cuda")  # Inductor's own
+
+
 def test_native_graphs_run_in_threads():
     layers = torchlift.scan_layers([Layer(torch.cos) for _ in range(3)])
     layers(X)
