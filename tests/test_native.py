@@ -1,5 +1,7 @@
 """Graphs that are called from C++, and those that are not."""
 
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -189,6 +191,12 @@ def test_headers_that_the_compiler_fails_at_are_removed(monkeypatch, tmp_path):
             programs, "load_pybinding_async", lambda code: load(type("Used", (), {"headers": "some"}), code)
         )
         _compat._built("a program")
+
+
+def test_loops_compile_where_warnings_are_errors():
+    """torch deprecates what Inductor is imported with; in a process of its own, which has not imported it."""
+    code = "import torch, torchlift; torchlift.scan_layers([torch.nn.Tanh() for _ in range(2)])(torch.ones(2))"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300)
 
 
 def test_no_program_waits_for_headers(monkeypatch):

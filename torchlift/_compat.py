@@ -338,6 +338,10 @@ class Inductor:
 
     def __enter__(self) -> Inductor:
         from torch._guards import TracingContext, tracing
+
+        with warnings.catch_warnings():  # of what torch deprecates and uses: nothing would compile with -W error
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch._inductor import compile_fx as compile_fx
         from torch._inductor import config
         from torch._inductor.codecache import CppWrapperCodeCache
         from torch._inductor.cpu_vec_isa import VecISA
