@@ -1,5 +1,7 @@
 """What compiled loops hold at their peak, in units of a carry."""
 
+import gc
+
 import pytest
 import torch
 from measure import peak_bytes
@@ -39,3 +41,28 @@ def layers(count, **settings):
 def test_carries_are_all_that_grows_with_depth(settings, most):
     extra = peak(layers(16, compile=AOT, **settings)) - peak(layers(1, compile=AOT, remat=True))
     assert extra / CARRY + 1 <= most
+
+
+@pytest.mark.parametrize("threshold", [0, 700, 20_000])
+def test_python_seldom_looks_for_garbage_while_a_program_is_made(threshold):
+    """And not at all where the user has turned it off; afterwards as before, an error or not."""
+    seen = []
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            seen.append(gc.get_threshold())
+            if len(x) == 3:
+                raise ValueError("three")
+            return x.tanh()
+
+    before = gc.get_threshold()
+    gc.set_threshold(threshold, *before[1:])
+    try:
+        layers = scan_layers([Layer() for _ in range(2)], compile={"backend": "aot_eager"})
+        layers(torch.ones(2))
+        with pytest.raises(ValueError, match="three"):
+            layers(torch.ones(3))
+        assert seen[0] == (threshold and max(threshold, 10_000), *before[1:])
+        assert gc.get_threshold() == (threshold, *before[1:])
+    finally:
+        gc.set_threshold(*before)

@@ -19,6 +19,7 @@ from torchlift import _compat
 from torchlift.engine import capture, kept, spans
 from torchlift.engine.capture import CaptureError, KeptTensorError, stride_order
 from torchlift.engine.forms import Forms
+from torchlift.engine.garbage import rarely_collected
 from torchlift.engine.graphs import Backend, PartsError, compile_graphs, saved_bytes, surroundings
 from torchlift.engine.inlining import inlining, noting_nested
 from torchlift.engine.loop import Body
@@ -139,7 +140,13 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
         _last.note(kind, request.tensors, found.program)
         return found.program, []
     # Fakes and graphs are made outside of the caller's inference mode: its tensors could not be traced.
-    with _lock, torch.inference_mode(False), _compat.dynamo_off(), _compat.without_saved_tensor_hooks():
+    with (
+        _lock,
+        rarely_collected(),
+        torch.inference_mode(False),
+        _compat.dynamo_off(),
+        _compat.without_saved_tensor_hooks(),
+    ):
         found = _exact.get(exact)
         if isinstance(found, str):
             raise CaptureError(found)
