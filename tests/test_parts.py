@@ -12,7 +12,7 @@ from engine_zoo import WAYS, ZOO, assert_equal, double, evaluate
 from torch import nn
 
 from torchlift import _compat, scan, scan_layers
-from torchlift.engine import compiled, graphs, parts
+from torchlift.engine import compiled, driver, graphs, parts
 from torchlift.engine.driver import OWN
 from torchlift.engine.placements import SUM, Inseparable, Rows, carried
 from torchlift.engine.run import last_report
@@ -360,6 +360,22 @@ def test_programs_equal_the_plain_loop(two_threads):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert all(torch.equal(result, out) for result in results)
+
+
+@pytest.mark.parametrize("refusal", ["parts", "native"])
+def test_why_a_faster_program_could_not_be_built_is_logged(two_threads, refusal, monkeypatch, caplog):
+    """The next best computes the same, and nobody would see why it is slow."""
+    fail = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("of another kind"))
+    monkeypatch.setattr(driver, "shelve", fail)
+    if refusal == "native":
+        monkeypatch.setattr(_compat, "_built", fail)
+    caplog.set_level("DEBUG", "torchlift")
+    check([Steps() for _ in range(2)], rand(4, 5, 8))
+    logged = [record.getMessage() for record in caplog.records if record.name.startswith("torchlift")]
+    wanted = ["no parts of the batch", *(["called from Python, not C++"] if refusal == "native" else [])]
+    assert len(logged) == len(wanted)
+    for line, words in zip(logged, wanted):
+        assert line.startswith(f"scan_layers(Steps): {words}") and line.endswith("of another kind")
 
 
 @pytest.mark.parametrize("name", ["equal outputs", "sums of the batch", "columns"])

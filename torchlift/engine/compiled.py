@@ -348,10 +348,12 @@ def capture_program(
             if _compat.doubt_processor(failure.error):  # once
                 continue
             if isinstance(failure.error, PartsError):
+                log.debug("%s: no parts of the batch: %s", request.body.name, failure.error.__cause__)
                 divided = False
                 continue
             if not native:
                 raise failure.error from None
+            log.debug("%s: called from Python, not C++: %s", request.body.name, failure.error)
             native = False
 
 
