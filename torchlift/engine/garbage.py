@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-RARE = 10_000  # objects made before Python looks through the youngest, of which it looks after 700 otherwise
+RARE = 50_000  # objects made before Python looks through the youngest, of which it looks after 700 otherwise
 
 
 @contextmanager
