@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,36 +162,71 @@ def test_a_program_that_cannot_be_built_is_called_from_python(monkeypatch):
     assert torchlift.engine.run.last_report().path == "compiled"
 
 
-def test_headers_that_were_left_half_made_are_done_without(monkeypatch):
-    programs = _compat._programs()
-    monkeypatch.setattr(_compat, "prepare_compiler", lambda native: None)
-    monkeypatch.setattr(programs, "headers", "torchlift/half_made.h")
-    assert_as_the_loop(torch.cosh)
-    assert torchlift.engine.run.last_report().path == "compiled" and programs.headers is None
+@pytest.fixture
+def programs(monkeypatch):
+    """Those of a process that has not looked for precompiled headers."""
+    found = _compat._programs()
+    for name, value in {"headers": None, "search": None, "cache": {}}.items():
+        monkeypatch.setattr(found, name, value)
+    return found
 
 
-def test_headers_that_the_compiler_fails_at_are_removed(monkeypatch, tmp_path):
-    """A process that was killed leaves half a file, and every later one would find it."""
+def test_headers_are_precompiled_once_and_anew_where_a_process_left_them_unfinished(programs, monkeypatch, tmp_path):
+    """NOTE [Headers]: GCC would pass over the unfinished file for ever."""
+    from torch._inductor import codecache
+
+    made = []
+
+    def compile_cpp(lock, builders):
+        file = Path(builders[0].get_target_file_path())
+        if not file.exists():
+            made.append(file)
+            file.write_bytes(b"gpch.014")
+
+    def forget():
+        codecache._precompile_header.cache_clear()
+        programs.headers = None
+        programs.cache.clear()
+
+    monkeypatch.setattr(codecache, "_HEADER_DIR", str(tmp_path))
+    monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", str(tmp_path / "locks"))
+    monkeypatch.setattr(codecache, "_worker_compile_cpp", compile_cpp)
+    for count, left in enumerate((None, b"gpcWrite" + bytes(4096), b""), 1):
+        forget()
+        if left is not None:
+            made[0].write_bytes(left)
+        with pytest.raises(FileNotFoundError):
+            _compat._precompile_headers(make=False)
+        assert programs.headers is None and len(made) == count - 1
+        _compat._precompile_headers(make=True)
+        assert "cpp_prefix.h" in programs.headers and len(made) == count
+        forget()
+        _compat._precompile_headers(make=False)  # as a later process
+        assert programs.headers and len(made) == count and len(set(made)) == 1
+    codecache._precompile_header.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", ["headers", "code"])
+def test_headers_that_are_all_that_is_wrong_with_a_program_are_removed(programs, wrong, monkeypatch, tmp_path):
+    """They are cut short, on a full disk, say; where the code is wrong they stay."""
     from torch._inductor.exc import CppCompileError
 
-    programs, header = _compat._programs(), tmp_path / "headers.h.gch"
+    header = tmp_path / "headers.h.gch"
+    header.write_text("gpch")
 
     def load(cls, code):
-        if cls.headers:
+        if cls.headers or wrong == "code":
             raise CppCompileError(["g++", "-include", str(tmp_path / "headers.h")], "cannot read PCH file")
         return lambda: code
 
     monkeypatch.setattr(programs, "load_pybinding_async", classmethod(load))
-    for headers in ("headers.h", None):
-        header.write_text("half")
-        monkeypatch.setattr(programs, "headers", headers)
-        assert _compat._built("a program") == "a program" and header.exists() == (headers is None)
-    monkeypatch.setattr(programs, "headers", None)
-    with pytest.raises(RuntimeError, match="C\\+\\+ compile error"):
-        monkeypatch.setattr(
-            programs, "load_pybinding_async", lambda code: load(type("Used", (), {"headers": "some"}), code)
-        )
-        _compat._built("a program")
+    programs.headers = "headers.h"
+    if wrong == "headers":
+        assert _compat._built("a program") == "a program"
+    else:
+        with pytest.raises(RuntimeError, match=r"C\+\+ compile error"):
+            _compat._built("a program")
+    assert header.exists() == (programs.headers is not None) == (wrong == "code")
 
 
 def test_loops_compile_where_warnings_are_errors():
@@ -199,11 +235,8 @@ def test_loops_compile_where_warnings_are_errors():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300)
 
 
-def test_no_program_waits_for_headers(monkeypatch):
-    programs = _compat._programs()
-    monkeypatch.setattr(programs, "headers", None)
-    assert programs._get_uncompiled_header("cpu") is None
-    assert programs._get_uncompiled_header("cuda")  # Inductor's own
+def test_what_inductor_precompiles_for_other_devices_stays(programs):
+    assert programs._get_uncompiled_header("cpu") is None and "cuda" in programs._get_uncompiled_header("cuda")
 
 
 def test_native_graphs_run_in_threads():

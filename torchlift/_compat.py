@@ -364,6 +364,7 @@ class Inductor:
 
     def __exit__(self, *error: Any) -> None:
         self.stack.close()
+        _programs().built.set()
 
     def _build(self, *args: Any, **options: Any) -> Callable[..., Any]:
         if threading.get_ident() != self.thread:  # what others compile
@@ -504,19 +505,23 @@ def doubt_processor(error: Exception) -> bool:
     return True
 
 
-# NOTE [Headers]. A program of C++ takes 2.8 s to compile, and half of that are torch's headers. Inductor compiles some
-# of these beforehand, for which the first program on a machine waits 4 s. Here all are that programs include, which
-# leaves 1.4 s, and no program waits: those that come before there are headers do without.
+# NOTE [Headers]. Half of the 2.8 s that a program of C++ takes to compile are torch's headers. Inductor precompiles a
+# part of them, and has the first program on a machine wait 4 s for that. Here every header that programs include is
+# precompiled, which leaves 1.4 s, but only after the first programs, which are built without. The compiler writes the
+# file in place, and makes no use, and no mention, of one that is unfinished, as a process leaves it that is killed: it
+# is removed. Programs of other flags than the first have headers made for these, and do wait.
 _HEADERS = ("torch/csrc/inductor/cpp_wrapper/cpu.h", "torch/csrc/inductor/cpp_prefix.h", "c10/core/InferenceMode.h")
 
 
 @functools.cache
 def _programs() -> Any:
-    """Inductor's cache of programs, which has them compiled with ``headers`` once these are there."""
+    """Inductor's cache of C++ programs, which has them compiled with ``headers`` once they are precompiled."""
     from torch._inductor.codecache import CppWrapperCodeCache
 
     class Programs(CppWrapperCodeCache):
         headers: str | None = None
+        search: threading.Thread | None = None  # for headers of a process before
+        built = threading.Event()  # the first programs
 
         @classmethod
         def _get_uncompiled_header(cls, device: str) -> str | None:
@@ -526,40 +531,88 @@ def _programs() -> Any:
 
 
 def _built(*args: Any, **options: Any) -> Any:
+    """A program; with headers where there are any."""
     from torch._inductor.exc import CppCompileError
 
     programs = _programs()
-    headers = programs.headers
+    if programs.search is not None:
+        programs.search.join()
     try:
         return programs.load_pybinding_async(*args, **options)()
     except CppCompileError as error:
-        if headers is None:
+        used = re.search(r"-include (\S+)", " ".join(error.cmd))
+        if used is None:
             raise
-        # A process that was killed leaves half a file, which would be in the way of every later one.
-        for path in re.findall(r"-include (\S+)", " ".join(error.cmd)):
-            Path(f"{path}.gch").unlink(missing_ok=True)
-    programs.headers = None
-    programs.cache_clear()
-    return programs.load_pybinding_async(*args, **options)()
+    without: Any = type("Without", (programs,), {"headers": None, "cache": {}})
+    program = without.load_pybinding_async(*args, **options)()
+    programs.headers = None  # they were all that was wrong
+    Path(f"{used[1]}.gch").unlink(missing_ok=True)
+    return program
+
+
+def _precompile_headers(make: bool) -> None:
+    """Has programs use the precompiled headers; FileNotFoundError if there are none, unless it is to ``make`` them."""
+    from torch._inductor import codecache
+    from torch.utils._filelock import FileLock
+
+    thread, compile_cpp = threading.get_ident(), codecache._worker_compile_cpp
+
+    def compile_whole(lock: str, builders: Any) -> None:
+        file = Path(builders[0].get_target_file_path())
+        if threading.get_ident() == thread and not _is_whole(file):
+            if not make:
+                raise FileNotFoundError(file)
+            with FileLock(lock, timeout=codecache.LOCK_TIMEOUT):  # of a process that is making them
+                if not _is_whole(file):
+                    file.unlink(missing_ok=True)
+        compile_cpp(lock, builders)
+
+    used: Any = type("Used", (_programs(),), {"headers": ">\n#include <".join(_HEADERS)})
+    with patch.object(codecache, "_worker_compile_cpp", compile_whole):
+        used.load_pybinding_async([], "void inductor_entry_impl();", num_outputs=1)
+    _programs().headers = used.headers
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a precompiled header is there and finished; GCC writes its first bytes anew at the end."""
+    if not file.exists():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(8) not in (b"", b"gpcWrite")
 
 
 @functools.cache
 def prepare_compiler(native: bool) -> None:
-    """Has headers of Inductor's C++ compiled beside everything else: 5 s on a new machine."""
+    """Looks for precompiled headers of C++ while a body is captured, and has them made where there are none."""
     from torch._inductor import codecache
 
-    def prepare() -> None:
-        with contextlib.suppress(Exception):  # that there is no compiler, say: who compiles will hear of it
-            if not native:
-                codecache.CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
-                return
-            if sys.platform == "linux":  # where a thread has a priority of its own, which its children inherit
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-            waits: Any = type("Waits", (_programs(),), {"headers": ">\n#include <".join(_HEADERS)})
-            waits.load_pybinding_async([], "void inductor_entry_impl();", num_outputs=1)
-            _programs().headers = waits.headers
+    def run(prepare: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(prepare,), daemon=True)
+        thread.start()
+        return thread
 
-    threading.Thread(target=contextvars.copy_context().run, args=(prepare,), daemon=True).start()
+    def search() -> None:
+        with contextlib.suppress(Exception):  # that there is no compiler, say: who compiles will hear of it
+            try:
+                _precompile_headers(make=False)
+            except FileNotFoundError:
+                run(make)
+
+    def make() -> None:
+        _programs().built.wait()
+        with contextlib.suppress(Exception):
+            if sys.platform == "linux":  # where a thread has a priority of its own, and its children inherit it
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+            _precompile_headers(make=True)
+
+    def make_of_kernels() -> None:
+        with contextlib.suppress(Exception):
+            codecache.CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
+
+    if native:
+        _programs().search = run(search)
+    else:
+        run(make_of_kernels)
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
