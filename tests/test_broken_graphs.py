@@ -147,3 +147,16 @@ def test_a_body_that_breaks_a_graph_is_not_followed_by_our_own_functions(name):
     counters.clear()
     torch.testing.assert_close(compiled(x), call(x))
     assert counters["frames"]["total"] <= 20
+
+
+def test_a_while_loop_without_a_bound_runs_between_two_graphs_where_gradients_are_wanted():
+    """It went on for ever: Dynamo compiled what looks at the condition by itself, where nothing can be seen."""
+    layer, x = nn.Linear(3, 3), torch.ones(2, 3)
+    body = lambda m, c: (c[0] + 1, m(c[1]).tanh())
+    loop = lambda x: torchlift.while_loop(lambda m, c: c[0] < 5, body, layer, (torch.tensor(0.0), x.sin()))[1].cos()
+    expected, got = loop(x), torch.compile(loop, backend="aot_eager")(x)
+    assert torch.equal(got, expected)
+    for a, b in zip(
+        *(torch.autograd.grad(out.sum(), list(layer.parameters())) for out in (got, expected)), strict=True
+    ):
+        assert torch.equal(a, b)

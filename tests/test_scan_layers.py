@@ -153,8 +153,8 @@ def test_mixed_requires_grad() -> None:
 def test_layers_in_different_modes_hooks_and_shared_buffers_run_as_the_loop() -> None:
     scanned = torchlift.scan_layers([Block() for _ in range(4)], compile=AOT)
     scanned[0].eval()
-    assert (
-        torchlift.explain(scanned, torch.randn(5, 4))[0].reason == "some layers are in training mode and some are not"
+    assert torchlift.explain(scanned, torch.randn(5, 4))[0].reason.startswith(
+        "some layers are in training mode and some are not"
     )
     scanned.train()
     calls: list[int] = []

@@ -39,7 +39,8 @@ def _difference(first: nn.Module, layer: nn.Module, scanned: Sequence[str]) -> s
     for path, module in modules.items():  # first, for others have other submodules
         if path in others and class_of(others[path]) is not class_of(module):
             name = type(others[path]).__name__
-            return f"{path or 'the layer'} is a {name}, but a {type(module).__name__} in layer 0"
+            again = "; one was made anew for each: lift the class once" if type(module).__name__ == name else ""
+            return f"{path or 'the layer'} is a {name}, but a {type(module).__name__} in layer 0{again}"
     if list(others) != list(modules):
         odd = sorted(set(others) ^ set(modules))
         return f"submodules {odd} are in one layer only" if odd else f"has submodules {list(others)} != {list(modules)}"

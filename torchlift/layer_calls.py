@@ -70,10 +70,13 @@ class LayersCall:
         if (_compat.is_tracing() or self.layers.compile_options is False) and self.shared:
             return "layers share a buffer", False
         if self.forest is None or not self.forest.in_step:
-            if len({len(packed.nodes) for packed in self.packed}) > 1:
-                return "some layers have other submodules than others; make the stack anew with scan_layers", True
+            sizes = [len(packed.nodes) for packed in self.packed]
+            if len(set(sizes)) > 1:
+                at = next(at for at, size in enumerate(sizes) if size != sizes[0])
+                told = f"layer {at} has other submodules than layer 0, {sizes[at]} modules, expected {sizes[0]}"
+                return f"{told}; change all layers alike, or put those that differ into a stack of their own", True
             if len({tuple(node.module.training for node in packed.nodes) for packed in self.packed}) > 1:
-                return "some layers are in training mode and some are not", False
+                return "some layers are in training mode and some are not; put these into a stack of their own", True
             if self.forest is not None:
                 self.forest.in_step = True
         return fingerprint.opaque(self.packed[0].leaves), True

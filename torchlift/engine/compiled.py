@@ -175,13 +175,15 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
 
 
 ON_VALUES = "depends on the values of a tensor"  # says why no graph at all can hold a body
+_READS = {"aten._local_scalar_dense.default": "if, bool(), float() or .item()"}
 WITHOUT_VALUES = "torch.where, index_select and index_copy take choices and places as tensors"
 
 
 def reason_of(error: Exception) -> str:
     """One line on why a body cannot be compiled."""
     if type(error).__name__ in ("DataDependentOutputException", "DynamicOutputShapeException"):
-        reason = f"{_line_of(error)} {ON_VALUES} ({error}); {WITHOUT_VALUES}"
+        operator = _READS.get(str(error), error)
+        reason = f"{_line_of(error)} {ON_VALUES} ({operator}); {WITHOUT_VALUES}"
     else:
         reason = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
     return textwrap.shorten(reason.strip().split("\n")[0], 200)

@@ -216,7 +216,7 @@ def _refuse(name: str, old: Tree, i: int, got: str, expected: str) -> NoReturn:
 def _carry_error(name: str, path: str, got: str, expected: str) -> CarryError:
     return CarryError(
         f"{name}: carry{path} came out of an iteration as {got}, expected {expected}; "
-        "return the carry with the structure, shapes and dtypes that it came in with"
+        "return the carry with the structure, shapes and dtypes that it came in with, or start from one like that"
     )
 
 

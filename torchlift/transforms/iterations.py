@@ -149,7 +149,7 @@ class Iterations:
                 if not _fits(new, old):
                     raise CarryError(
                         f"{self.label}: carry{path} changed: got {_described(new)}, expected {_described(old)}, as in "
-                        "the carry that went in"
+                        "the carry that went in; cast or reshape what is returned, or start from a carry like that"
                     )
         return leaves, out[1]
 

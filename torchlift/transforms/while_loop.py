@@ -120,6 +120,8 @@ class _While:
 
     def run(self, max_steps: int | None) -> Any:
         if max_steps is None and _compat.is_compiling():
+            if torch.is_grad_enabled() and any(x.requires_grad for x in self.start) and not _compat.functorch_active():
+                return _between_graphs(self)
             return self.finish(self._captured(), None)
         operands, alive, rows = list(self.start), None, None
         steps = 0
@@ -208,10 +210,6 @@ class _While:
         way_round = "pass max_steps=, a bound on the number of iterations"
         if _compat.functorch_active():
             raise UnsupportedError(f"{self.label}: compiled under a torch.func transform; {way_round}")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in self.start):
-            raise UnsupportedError(
-                f"{self.label}: compiled code cannot differentiate a loop without bound; {way_round}"
-            )
 
         def asks(*moving: Tensor) -> Tensor:
             return torch.as_tensor(self.asks(self.moved(self.start, moving))).reshape(()) != 0
@@ -240,6 +238,15 @@ class _While:
         return _tree.unflatten(self.leaves(operands), self.spec)
 
 
+@torch.compiler.disable(
+    reason="torchlift: while_loop: compiled code cannot differentiate a loop without bound; pass max_steps=, a bound "
+    "on the number of iterations; outside of fullgraph=True it runs between two graphs"
+)
+def _between_graphs(loop: _While) -> Any:
+    """The loop in Python. An error would not do: after it Dynamo compiles what ``run`` calls, which sees no values."""
+    return loop.run(None)
+
+
 @_compat.outside_of_graphs
 def while_loop(
     cond_fn: Callable[..., Any],
@@ -257,7 +264,8 @@ def while_loop(
 
     The lifted counterpart of ``jax.lax.while_loop`` (and of ``flax.linen.while_loop``). Under ``vmap`` with a condition
     that differs from row to row, rows that are done stay as they are. Gradients go through the iterations that ran.
-    Compiled code has gradients with ``max_steps`` only, which then is the number of iterations it computes.
+    Compiled code has gradients with ``max_steps`` only, which then is the number of iterations it computes; without it
+    the loop runs between two graphs.
 
     Args:
         cond_fn: ``(module, carry) -> bool``, a number or a tensor with one element; changes no variable.
@@ -282,7 +290,8 @@ def while_loop(
         ModifyCollectionError: the body changed a collection that is not carried, or the condition changed any.
         RandomnessError: a random stream was drawn from that the loop was not told about.
         TransformTargetError: ``mdl`` is no module.
-        UnsupportedError: compiled code wants a gradient and there is no ``max_steps``.
+        UnsupportedError: in code compiled under a transform of ``torch.func`` there is no ``max_steps``, or in any
+            compiled code draws are to repeat.
 
     Example:
         >>> halve = torch.nn.Linear(1, 1, bias=False)
