@@ -12,7 +12,7 @@ from torchlift import _compat
 from torchlift.engine import compiled
 from torchlift.engine.data import DataAsDetached
 from torchlift.engine.loop import Stacked, Tree, Xs
-from torchlift.engine.plain import why_not
+from torchlift.engine.plain import CAPTURED, why_not
 from torchlift.engine.remat import captures_body
 from torchlift.engine.trees import Template, split
 
@@ -24,7 +24,7 @@ def why_plain(length: int, compile: Any) -> tuple[str | None, bool]:
     if length == 0:
         return "length 0", False
     if captures_body():
-        return "inside another capture", False
+        return CAPTURED, False
     if torch.compiler.is_compiling():
         return "inside torch.compile", False
     if _compat.functorch_active():

@@ -9,6 +9,9 @@ import torch
 from torchlift import _compat
 
 
+CAPTURED = "a part of the graph of what is around it"
+
+
 def is_plain(t: torch.Tensor) -> bool:
     """Whether compiled code may take ``t`` for an ordinary tensor."""
     known = type(t) is torch.Tensor or isinstance(t, torch.nn.Parameter | torch.nn.Buffer)
@@ -28,7 +31,7 @@ def why_not(tensors: Iterable[torch.Tensor]) -> tuple[str | None, bool]:
     """Why compiled code may not (None: it may), and whether the caller is to be warned of it."""
     for t in tensors:
         if _compat.is_traced(t):
-            return "inside another capture", False
+            return CAPTURED, False
         if not is_plain(t):
             return f"an input is a {type(t).__name__} ({t.layout}, {t.device.type})", True
     return None, False
