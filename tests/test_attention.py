@@ -9,7 +9,7 @@ from torch import nn
 
 from torchlift import _compat, scan_layers
 from torchlift.engine import attention
-from torchlift.engine.capture import stride_order
+from torchlift.engine.capture import CaptureError, stride_order
 
 aten = torch.ops.aten
 FLASH = (attention._FORWARD, attention._BACKWARD)
@@ -27,6 +27,10 @@ def traced(batch=2, rows=7, columns=5, width=8, dtype=torch.float32, key_heads=3
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(t) for t in inputs]
         graph = _compat.joint_graph(attend, fakes, train=True, inductor=True)
+        for node in graph.graph.nodes:
+            if node.target is attention._FORWARD:  # as torch 2.13 declares it
+                out, log_sums, *others = node.meta["val"]
+                node.meta["val"] = (out, log_sums.to(torch.promote_types(dtype, torch.float32)), *others)
     return graph, inputs
 
 
@@ -136,3 +140,13 @@ def test_compiled_layers_equal_the_plain_ones(autocast):
     tolerance = 2e-2 if autocast else 1e-5
     for got, wanted in zip(results(True), results(False), strict=True):
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_dtype_that_torch_declares_wrong_is_refused():
+    """Torch before 2.13 takes what attention in float64 gives backward for float32, and so does what it compiles."""
+    graph, _ = traced(dtype=torch.float64)
+    forward = next(node for node in graph.graph.nodes if node.target is attention._FORWARD)
+    out, log_sums, *others = forward.meta["val"]
+    forward.meta["val"] = (out, log_sums.float(), *others)
+    with pytest.raises(CaptureError, match="takes a result of attention in float64 for float32"):
+        attention.attend_by_products(graph)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from torchlift import _compat
-from torchlift.engine.capture import like_strided
+from torchlift.engine.capture import CaptureError, like_strided
 from torchlift.engine.packs import belonging_to
 
 aten = torch.ops.aten
@@ -31,10 +31,15 @@ _MOST = 2**20  # scores, of all heads together: they are in memory at once, thre
 
 
 def attend_by_products(graph: GraphModule) -> None:
-    """Puts products in the place of attention over short sequences."""
+    """Puts products in the place of attention over short sequences.
+
+    :class:`CaptureError` where torch declares a dtype that the operator does not return: Inductor would believe it.
+    """
     traces: dict[Hashable, GraphModule] = {}  # equal calls, as of unrolled iterations, are traced once
     for node in list(graph.graph.nodes):
         args: Any = node.args
+        if node.target is _FORWARD and node.meta["val"][1].dtype != _of_log_sums(node.meta["val"][0].dtype):
+            raise CaptureError("this torch takes a result of attention in float64 for float32; torch 2.13 does not")
         # Behind the tensors may stand the probability of dropout and whether it is causal.
         if node.target is _FORWARD and _fits(*args[:3], *args[3:4], **node.kwargs):
             _replace(graph.graph, node, _forward, args[:3], args[4:] == (True,), traces)
@@ -42,6 +47,10 @@ def attend_by_products(graph: GraphModule) -> None:
             _replace(graph.graph, node, _backward, args[:6], args[7:] == (True,), traces)
     if traces:
         graph.recompile()
+
+
+def _of_log_sums(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _fits(q: Node, k: Node, v: Node, dropout: float = 0.0, *, scale: float | None = None, **others: Any) -> bool:

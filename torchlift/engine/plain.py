@@ -8,7 +8,6 @@ import torch
 
 from torchlift import _compat
 
-
 CAPTURED = "a part of the graph of what is around it"
 
 
