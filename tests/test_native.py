@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,7 +167,8 @@ def test_a_program_that_cannot_be_built_is_called_from_python(monkeypatch):
 def programs(monkeypatch):
     """Those of a process that has not looked for precompiled headers."""
     found = _compat._programs()
-    for name, value in {"headers": None, "search": None, "cache": {}}.items():
+    events = {"known": threading.Event(), "built": threading.Event()}
+    for name, value in {"headers": None, "search": None, "cache": {}, **events}.items():
         monkeypatch.setattr(found, name, value)
     return found
 
@@ -187,6 +189,8 @@ def test_headers_are_precompiled_once_and_anew_where_a_process_left_them_unfinis
         codecache._precompile_header.cache_clear()
         programs.headers = None
         programs.cache.clear()
+        programs.known.clear()
+        programs.built.clear()
 
     monkeypatch.setattr(codecache, "_HEADER_DIR", str(tmp_path))
     monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", str(tmp_path / "locks"))
@@ -195,14 +199,16 @@ def test_headers_are_precompiled_once_and_anew_where_a_process_left_them_unfinis
         forget()
         if left is not None:
             made[0].write_bytes(left)
-        with pytest.raises(FileNotFoundError):
-            _compat._precompile_headers(make=False)
-        assert programs.headers is None and len(made) == count - 1
-        _compat._precompile_headers(make=True)
+        with ThreadPoolExecutor(1) as pool:
+            making = pool.submit(_compat._precompile_headers)
+            assert programs.known.wait(60)  # and nothing is made before the first programs are built
+            assert programs.headers is None and len(made) == count - 1 and not making.done()
+            programs.built.set()
+            making.result()
         assert "cpp_prefix.h" in programs.headers and len(made) == count
         forget()
-        _compat._precompile_headers(make=False)  # as a later process
-        assert programs.headers and len(made) == count and len(set(made)) == 1
+        _compat._precompile_headers()  # as a later process
+        assert programs.known.is_set() and programs.headers and len(made) == count and len(set(made)) == 1
     codecache._precompile_header.cache_clear()
 
 

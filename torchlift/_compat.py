@@ -520,7 +520,8 @@ def _programs() -> Any:
 
     class Programs(CppWrapperCodeCache):
         headers: str | None = None
-        search: threading.Thread | None = None  # for headers of a process before
+        search: threading.Thread | None = None  # for the headers
+        known = threading.Event()  # whether there are any from before
         built = threading.Event()  # the first programs
 
         @classmethod
@@ -535,8 +536,8 @@ def _built(*args: Any, **options: Any) -> Any:
     from torch._inductor.exc import CppCompileError
 
     programs = _programs()
-    if programs.search is not None:
-        programs.search.join()
+    while programs.search is not None and programs.search.is_alive() and not programs.known.wait(1.0):
+        pass  # a forked child has the event, but not the thread
     try:
         return programs.load_pybinding_async(*args, **options)()
     except CppCompileError as error:
@@ -550,27 +551,33 @@ def _built(*args: Any, **options: Any) -> Any:
     return program
 
 
-def _precompile_headers(make: bool) -> None:
-    """Has programs use the precompiled headers; FileNotFoundError if there are none, unless it is to ``make`` them."""
+def _precompile_headers() -> None:
+    """Has programs use the precompiled headers, which are made after the first programs where there are none."""
     from torch._inductor import codecache
     from torch.utils._filelock import FileLock
 
-    thread, compile_cpp = threading.get_ident(), codecache._worker_compile_cpp
+    programs, thread, compile_cpp = _programs(), threading.get_ident(), codecache._worker_compile_cpp
 
     def compile_whole(lock: str, builders: Any) -> None:
         file = Path(builders[0].get_target_file_path())
         if threading.get_ident() == thread and not _is_whole(file):
-            if not make:
-                raise FileNotFoundError(file)
+            programs.known.set()
+            programs.built.wait()
+            if sys.platform == "linux":  # where a thread has a priority of its own, and its children inherit it
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
             with FileLock(lock, timeout=codecache.LOCK_TIMEOUT):  # of a process that is making them
                 if not _is_whole(file):
                     file.unlink(missing_ok=True)
         compile_cpp(lock, builders)
 
-    used: Any = type("Used", (_programs(),), {"headers": ">\n#include <".join(_HEADERS)})
-    with patch.object(codecache, "_worker_compile_cpp", compile_whole):
-        used.load_pybinding_async([], "void inductor_entry_impl();", num_outputs=1)
-    _programs().headers = used.headers
+    used: Any = type("Used", (programs,), {"headers": ">\n#include <".join(_HEADERS)})
+    try:
+        with patch.object(codecache, "_worker_compile_cpp", compile_whole):
+            used.load_pybinding_async([], "void inductor_entry_impl();", num_outputs=1)
+        programs.headers = used.headers
+    finally:
+        programs.known.set()
 
 
 def _is_whole(file: Path) -> bool:
@@ -586,33 +593,17 @@ def prepare_compiler(native: bool) -> None:
     """Looks for precompiled headers of C++ while a body is captured, and has them made where there are none."""
     from torch._inductor import codecache
 
-    def run(prepare: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(prepare,), daemon=True)
-        thread.start()
-        return thread
-
-    def search() -> None:
+    def prepare() -> None:
         with contextlib.suppress(Exception):  # that there is no compiler, say: who compiles will hear of it
-            try:
-                _precompile_headers(make=False)
-            except FileNotFoundError:
-                run(make)
+            if native:
+                _precompile_headers()
+            else:
+                codecache.CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
 
-    def make() -> None:
-        _programs().built.wait()
-        with contextlib.suppress(Exception):
-            if sys.platform == "linux":  # where a thread has a priority of its own, and its children inherit it
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
-            _precompile_headers(make=True)
-
-    def make_of_kernels() -> None:
-        with contextlib.suppress(Exception):
-            codecache.CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
-
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(prepare,), daemon=True)
     if native:
-        _programs().search = run(search)
-    else:
-        run(make_of_kernels)
+        _programs().search = thread
+    thread.start()
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
