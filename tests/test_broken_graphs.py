@@ -160,3 +160,10 @@ def test_a_while_loop_without_a_bound_runs_between_two_graphs_where_gradients_ar
         *(torch.autograd.grad(out.sum(), list(layer.parameters())) for out in (got, expected)), strict=True
     ):
         assert torch.equal(a, b)
+
+
+def test_a_mapped_while_loop_without_a_bound_ends_where_a_graph_has_broken():
+    layer, x = nn.Linear(3, 3), torch.rand(4, 3)
+    loop = lambda x: torchlift.while_loop(lambda m, c: c.sum() < 5, lambda m, c: c + m(c) ** 2 + 1, layer, x)
+    mapped = torch.func.vmap(loop)
+    assert torch.equal(torch.compile(mapped, backend="eager")(x), mapped(x))

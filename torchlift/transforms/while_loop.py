@@ -129,7 +129,10 @@ class _While:
             going = self.asks(operands)
             if alive is not None:
                 going = alive & (torch.as_tensor(going) != 0)
-            seen = look(going if isinstance(going, Tensor) else bool(going), self.label)
+            going = going if isinstance(going, Tensor) else bool(going)
+            seen = look(going, self.label)
+            if not isinstance(seen, int) and seen.values is None and not _compat.is_tracing():
+                seen = _look(going, self.label)
             if seen == 0:
                 break
             step = self._step()
@@ -236,6 +239,12 @@ class _While:
         changed = [operands[change.entry] for change in changes]
         self.body.publish(Update(changed, [value for _, value in self.sown], meta))
         return _tree.unflatten(self.leaves(operands), self.spec)
+
+
+@torch.compiler.disable
+def _look(going: Any, label: str) -> Any:
+    """``look``, where Dynamo has compiled it by itself, after a graph has broken: there it sees no values."""
+    return look(going, label)
 
 
 @torch.compiler.disable(
