@@ -120,8 +120,10 @@ class _While:
 
     def run(self, max_steps: int | None) -> Any:
         if max_steps is None and _compat.is_compiling():
-            if torch.is_grad_enabled() and any(x.requires_grad for x in self.start) and not _compat.functorch_active():
-                return _between_graphs(self)
+            if _compat.functorch_active():
+                return _transformed(self)
+            if torch.is_grad_enabled() and any(x.requires_grad for x in self.start):
+                return _differentiated(self)
             return self.finish(self._captured(), None)
         operands, alive, rows = list(self.start), None, None
         steps = 0
@@ -129,10 +131,7 @@ class _While:
             going = self.asks(operands)
             if alive is not None:
                 going = alive & (torch.as_tensor(going) != 0)
-            going = going if isinstance(going, Tensor) else bool(going)
-            seen = look(going, self.label)
-            if not isinstance(seen, int) and seen.values is None and not _compat.is_tracing():
-                seen = _look(going, self.label)
+            seen = look(going if isinstance(going, Tensor) else bool(going), self.label)
             if seen == 0:
                 break
             step = self._step()
@@ -210,9 +209,6 @@ class _While:
 
     def _captured(self) -> list[Tensor]:
         """The loop as torch's operator, which has a forward only."""
-        way_round = "pass max_steps=, a bound on the number of iterations"
-        if _compat.functorch_active():
-            raise UnsupportedError(f"{self.label}: compiled under a torch.func transform; {way_round}")
 
         def asks(*moving: Tensor) -> Tensor:
             return torch.as_tensor(self.asks(self.moved(self.start, moving))).reshape(()) != 0
@@ -241,19 +237,21 @@ class _While:
         return _tree.unflatten(self.leaves(operands), self.spec)
 
 
-@torch.compiler.disable
-def _look(going: Any, label: str) -> Any:
-    """``look``, where Dynamo has compiled it by itself, after a graph has broken: there it sees no values."""
-    return look(going, label)
-
-
-@torch.compiler.disable(
-    reason="torchlift: while_loop: compiled code cannot differentiate a loop without bound; pass max_steps=, a bound "
-    "on the number of iterations; outside of fullgraph=True it runs between two graphs"
-)
 def _between_graphs(loop: _While) -> Any:
     """The loop in Python. An error would not do: after it Dynamo compiles what ``run`` calls, which sees no values."""
     return loop.run(None)
+
+
+_WAY_ROUND = (
+    "pass max_steps=, a bound on the number of iterations; outside of fullgraph=True it runs between two graphs"
+)
+_differentiated = torch.compiler.disable(
+    _between_graphs,
+    reason=f"torchlift: while_loop: compiled code cannot differentiate a loop without bound; {_WAY_ROUND}",
+)
+_transformed = torch.compiler.disable(
+    _between_graphs, reason=f"torchlift: while_loop: compiled under a torch.func transform; {_WAY_ROUND}"
+)
 
 
 @_compat.outside_of_graphs
@@ -273,8 +271,8 @@ def while_loop(
 
     The lifted counterpart of ``jax.lax.while_loop`` (and of ``flax.linen.while_loop``). Under ``vmap`` with a condition
     that differs from row to row, rows that are done stay as they are. Gradients go through the iterations that ran.
-    Compiled code has gradients with ``max_steps`` only, which then is the number of iterations it computes; without it
-    the loop runs between two graphs.
+    Compiled code has gradients, and runs under ``torch.func``, with ``max_steps`` only, which then is the number of
+    iterations it computes; without it the loop runs between two graphs, which ``fullgraph=True`` refuses.
 
     Args:
         cond_fn: ``(module, carry) -> bool``, a number or a tensor with one element; changes no variable.
@@ -299,8 +297,7 @@ def while_loop(
         ModifyCollectionError: the body changed a collection that is not carried, or the condition changed any.
         RandomnessError: a random stream was drawn from that the loop was not told about.
         TransformTargetError: ``mdl`` is no module.
-        UnsupportedError: in code compiled under a transform of ``torch.func`` there is no ``max_steps``, or in any
-            compiled code draws are to repeat.
+        UnsupportedError: the condition sows; or draws are to repeat in compiled code.
 
     Example:
         >>> halve = torch.nn.Linear(1, 1, bias=False)
