@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,13 +141,7 @@ def find_program(request: Request) -> tuple[Program, list[torch.Tensor]]:
         _last.note(kind, request.tensors, found.program)
         return found.program, []
     # Fakes and graphs are made outside of the caller's inference mode: its tensors could not be traced.
-    with (
-        _lock,
-        rarely_collected(),
-        torch.inference_mode(False),
-        _compat.dynamo_off(),
-        _compat.without_saved_tensor_hooks(),
-    ):
+    with _lock, torch.inference_mode(False), _compat.dynamo_off(), _compat.without_saved_tensor_hooks():
         found = _exact.get(exact)
         if isinstance(found, str):
             raise CaptureError(found)
@@ -386,7 +381,8 @@ def _capture(
     if seen.closures:
         raise CaptureError("the body hands a closed-over tensor to code that hides it; pass it as an argument")
     train = train and any(seen.requires_grad)
-    with surroundings(mode, request.backend, seen.random) as inductor, inlining(request.loops_inline):
+    collected = rarely_collected() if request.backend.inductor else nullcontext()
+    with collected, surroundings(mode, request.backend, seen.random) as inductor, inlining(request.loops_inline):
         if inductor is not None and any(t.device.type == "cpu" for t in request.tensors):
             _compat.prepare_compiler(request.backend.native is not False)
         graphs = capture.trace(
