@@ -38,7 +38,7 @@ def attend_by_products(graph: GraphModule) -> None:
     traces: dict[Hashable, GraphModule] = {}  # equal calls, as of unrolled iterations, are traced once
     for node in list(graph.graph.nodes):
         args: Any = node.args
-        if node.target is _FORWARD and node.meta["val"][1].dtype != _of_log_sums(node.meta["val"][0].dtype):
+        if node.target is _FORWARD and not _declared(*node.meta["val"][:2]):
             raise CaptureError("this torch takes a result of attention in float64 for float32; torch 2.13 does not")
         # Behind the tensors may stand the probability of dropout and whether it is causal.
         if node.target is _FORWARD and _fits(*args[:3], *args[3:4], **node.kwargs):
@@ -49,8 +49,8 @@ def attend_by_products(graph: GraphModule) -> None:
         graph.recompile()
 
 
-def _of_log_sums(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _declared(out: Tensor, log_sums: Tensor) -> bool:
+    return log_sums.dtype == torch.promote_types(out.dtype, torch.float32)
 
 
 def _fits(q: Node, k: Node, v: Node, dropout: float = 0.0, *, scale: float | None = None, **others: Any) -> bool:
