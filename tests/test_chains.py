@@ -142,7 +142,7 @@ WAYS = [
     ("crossing", 2, False),
     ("standing", 1, False),
     ("last", 1, False),
-    ("masked", 2, True),  # a step by itself is not divided, for its number
+    ("masked", 2, True),
 ]
 
 
@@ -154,7 +154,7 @@ def test_many_turns_equal_the_plain_loop(chained, name, unroll, reverse):
     losses = (every, carry_only, every)  # the graph is kept, and used again
     expected = evaluate(fn, given, LENGTH, False, losses, **settings)
     close(evaluate(fn, given, LENGTH, INDUCTOR, losses, **settings), expected)
-    programs = [True] * (1 if fn is masked else unroll)
+    programs = [True] * unroll
     assert last_report().path == "compiled" and chained == programs
     modes = fn is lstm and unroll == 1
     if modes:

@@ -210,5 +210,6 @@ def _dtype(value: torch.Tensor) -> str:
 
 def _numbers(name: str, sizes: Sequence[Any], strides: Sequence[Any], tables: list[str]) -> str:
     for kind, numbers in (("sizes", sizes), ("strides", strides)):
-        tables.append(f"static const int64_t {name}_{kind}[] = {{{', '.join(map(str, numbers))}}};")
+        some = ", ".join(map(str, numbers)) or "0"  # C++ has no arrays of nothing
+        tables.append(f"static const int64_t {name}_{kind}[] = {{{some}}};")
     return f"{name}_sizes, {name}_strides"
