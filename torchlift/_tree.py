@@ -81,6 +81,33 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     return leaves, Spec(outer, tuple(inner))
 
 
+def flatten_like(tree: Any, like: Spec) -> tuple[list[Any], Spec]:
+    """:func:`flatten`, with the keys of dicts in the order of those in ``like``: which is first is no structure."""
+    leaves, spec = flatten(tree)
+    if spec == like or len(leaves) != leaf_count(like):
+        return leaves, spec
+    return flatten(_in_order(tree, unflatten([None] * len(leaves), like)))
+
+
+def leaf_count(spec: Spec) -> int:
+    """How many leaves a tree has; that of ``(args, kwargs)``, of whatever number, has no count."""
+    return sum(1 if part is None else leaf_count(part[2]) for part in spec.inner)
+
+
+def _in_order(tree: Any, like: Any) -> Any:
+    if type(tree) is not type(like):
+        return tree
+    if type(tree) is dict:
+        return {key: _in_order(tree[key], like[key]) for key in like} if tree.keys() == like.keys() else tree
+    if isinstance(tree, (list, tuple)) and len(tree) == len(like):
+        new = [_in_order(*pair) for pair in zip(tree, like)]
+        return type(tree)(*new) if hasattr(tree, "_fields") else type(tree)(new)
+    if is_node(tree):
+        names = tuple(field.name for field in dataclasses.fields(tree))
+        return _replace(tree, names, [_in_order(getattr(tree, name), getattr(like, name)) for name in names])
+    return tree
+
+
 def unflatten(leaves: list[Any], spec: Spec) -> Any:
     """The tree that :func:`flatten` took apart, with these leaves."""
     if spec is _POSITIONAL:

@@ -405,14 +405,15 @@ def _directions(
 ) -> dict[int, Tensor]:
     """The tangent of each operand that has one."""
     found: dict[int, tuple[str, Tensor, Any]] = {}
-    leaves, spec = _tree.flatten(tangents)
-    if spec != _tree.flatten(primals)[1]:
+    expected_spec = _tree.flatten(primals)[1]
+    leaves, spec = _tree.flatten_like(tangents, expected_spec)
+    if spec != expected_spec:
         raise DifferentiationError(
             f"{packed.label}: tangents has leaves {_tree.paths(tangents)}, expected those of primals, "
             f"{_tree.paths(primals)}"
         )
     operand = {at: len(packed.entries) + i for i, at in enumerate(packed.tensor_leaves)}
-    for at, (path, tangent) in enumerate(zip(_tree.paths(tangents), leaves, strict=True)):
+    for at, (path, tangent) in enumerate(zip(_tree.paths(primals), leaves, strict=True)):
         if tangent is not None:
             found[operand.get(at, -1 - at)] = (f"tangents{path}", tangent, packed.leaves[at])
     places = {

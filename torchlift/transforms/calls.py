@@ -14,7 +14,7 @@ from torchlift import _compat, _tree, rng
 from torchlift._context import entered
 from torchlift.changes import Meta, Update
 from torchlift.engine.draws import States, devices_of, read_states, write_states
-from torchlift.engine.remat import Recomputing
+from torchlift.engine.recomputing import Recomputing
 from torchlift.errors import DifferentiationError, FunctionTargetError, UnsupportedError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import is_module_class
@@ -149,7 +149,7 @@ class Form:
 
     def cotangents(self, tree: Any, outs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The leaves of ``tree``, which must be like the output, that belong to ``outs``; zeros where it has None."""
-        leaves, spec = _tree.flatten(tree)
+        leaves, spec = _tree.flatten_like(tree, self.out_spec)
         if spec != self.out_spec:
             raise DifferentiationError(
                 f"{self.label}: the cotangent has leaves {_tree.paths(tree)}, expected those of the output, "

@@ -85,10 +85,11 @@ class _Choice:
             return self._run_rows(index.rows, index.values)
         return self._run_all(index.index)
 
-    def _run_one(self, number: int, operands: Sequence[Tensor]) -> tuple[_Form, list[Tensor]]:
+    def _run_one(self, number: int, operands: Sequence[Tensor], others: Sequence[_Form]) -> tuple[_Form, list[Tensor]]:
         count = len(self.packed.tensors)
         out, update = self.packed.pure(operands[:count], [number, *self.packed.with_tensors(operands[count:])[1:]])
-        leaves, spec = _tree.flatten(out)
+        leaves, spec = _tree.flatten_like(out, others[0].out) if others else _tree.flatten(out)
+        paths = others[0].paths if others and spec == others[0].out else _tree.paths(out)
         leaves = [as_tensor(leaf, self.packed.device) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         changes = {
@@ -99,9 +100,7 @@ class _Choice:
         tensors = [*tensors, *update.changed, *sown]
         static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         kinds = [describe(tensor) for tensor in tensors]
-        return _Form(
-            self.names[number], spec, _tree.paths(out), static, update.meta, sown_spec, kinds, changes
-        ), tensors
+        return _Form(self.names[number], spec, paths, static, update.meta, sown_spec, kinds, changes), tensors
 
     def _run_rows(self, rows: Rows, values: Tensor) -> Any:
         """Each branch, on the rows that chose it."""
@@ -117,7 +116,7 @@ class _Choice:
             rng.rewind(positions)
 
             def branch(operands: list[Tensor], number: int = number) -> list[Tensor]:
-                form, tensors = self._run_one(number, operands)
+                form, tensors = self._run_one(number, operands, forms)
                 forms.append(form)
                 return tensors
 
@@ -137,7 +136,7 @@ class _Choice:
             taken = index == number
             operands = [*guarded_variables(self.operands[:count], taken), *guarded(self.operands[count:], taken)]
             with refusing_draws(self.label):
-                form, tensors = self._run_one(number, operands)
+                form, tensors = self._run_one(number, operands, forms)
             forms.append(form)
             found.append(tensors)
         columns = self._aligned(forms, found, lambda _, entry: self.operands[entry])

@@ -283,7 +283,7 @@ class _Rule:
             if cotangent is None:
                 continue
             places, spec = self.spans[argument]
-            leaves, got = _tree.flatten(cotangent)
+            leaves, got = _tree.flatten_like(cotangent, spec)
             if got != spec:
                 raise DifferentiationError(
                     f"{where} for argument {argument + 1} a cotangent with leaves {_tree.paths(cotangent)}, expected "

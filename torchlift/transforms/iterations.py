@@ -136,7 +136,7 @@ class Iterations:
             raise CarryError(
                 f"{self.label}: the body returned {kind}, expected a pair (carry, ys), with None for no ys"
             )
-        leaves, spec = _tree.flatten(out[0])
+        leaves, spec = _tree.flatten_like(out[0], self.carry_spec)
         if spec != self.carry_spec:
             got, expected = _tree.paths(out[0]), _tree.paths(self.carry_tree)
             raise CarryError(
@@ -145,7 +145,7 @@ class Iterations:
             )
         leaves = [_as_tensor(leaf, self.device) for leaf in leaves]
         if not all(_fits(new, old) for new, old in zip(leaves, given, strict=True)):
-            for path, new, old in zip(_tree.paths(out[0]), leaves, given, strict=True):
+            for path, new, old in zip(_tree.paths(self.carry_tree), leaves, given, strict=True):
                 if not _fits(new, old):
                     raise CarryError(
                         f"{self.label}: carry{path} changed: got {_described(new)}, expected {_described(old)}, as in "

@@ -100,7 +100,7 @@ class _While:
         return new, update
 
     def _checked(self, out: Any) -> list[Tensor]:
-        leaves, spec = _tree.flatten(out)
+        leaves, spec = _tree.flatten_like(out, self.spec)
         if spec != self.spec:
             raise CarryError(
                 f"{self.label}: body_fn returned {_tree.kind(out)} with leaves {_tree.paths(out)}, expected "
@@ -108,7 +108,7 @@ class _While:
             )
         leaves = [as_tensor(leaf, self.body.device) for leaf in leaves]
         kinds = iter(self.expected[len(self.state_at) :])
-        for path, leaf, old in zip(_tree.paths(out), leaves, self.carry, strict=True):
+        for path, leaf, old in zip(_tree.paths(self.init), leaves, self.carry, strict=True):
             expected = next(kinds) if isinstance(old, Tensor) else describe(old)
             if describe(leaf) != expected:
                 raise CarryError(
