@@ -27,7 +27,7 @@ ROWS = [
     ["groups.py", "nodes.py", "misspelt.py"],
     ["references.py", "given.py"],
     ["code.py", "digests.py"],
-    ["collecting.py", "unseen.py"],
+    ["collecting.py", "unseen.py", "held.py"],
     ["containers.py"],
     ["changes.py"],
     ["pack.py"],

@@ -31,7 +31,7 @@ from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
 from torchlift.engine.quiet import quiet
 from torchlift.engine.reached import Reached
-from torchlift.engine.remat import inline_remat
+from torchlift.engine.recomputing import inline_remat
 from torchlift.engine.signature import Graphs, Signature
 from torchlift.engine.spans import Recorder
 from torchlift.engine.trees import Template, Tree, split

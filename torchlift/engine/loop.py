@@ -30,13 +30,14 @@ class Body:
     ``fn(consts, carry, x) -> (carry, y)`` takes and returns pytrees and is pure, but for draws from torch's default
     generators. ``key`` is a content key: two bodies with equal keys, given inputs of equal signature, compute the
     same thing. ``name`` is for messages. ``names(index)`` tells what the modules that an iteration works on are called
-    in profiler traces.
+    in profiler traces. ``around()`` is what ``fn`` may change beside its arguments; see ``remat.checkpointed``.
     """
 
     fn: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     key: Hashable
     name: str
     names: Callable[[int], Sequence[str]] | None = field(default=None, compare=False)
+    around: Callable[[], Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def plain_run(
         if remat is not None:
             from torchlift.engine.remat import checkpointed
 
-            inner = checkpointed(inner, None if remat is True else remat)
+            inner = checkpointed(inner, None if remat is True else remat, around=body.around)
         outs: list[Tree] = []
         for at in range(0, len(part), size):
             carry, some = inner(consts, carry, part[at : at + size], first + at)

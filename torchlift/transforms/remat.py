@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torchlift import _compat, _tree, fingerprint, rng
 from torchlift._context import context, entered
 from torchlift.changes import Meta, Update
 from torchlift.contents import Contents
-from torchlift.engine.remat import checkpointed, is_recomputing
+from torchlift.engine.recomputing import is_recomputing
+from torchlift.engine.remat import checkpointed
 from torchlift.filters import Filter, check, matches
+from torchlift.held import Held
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
 from torchlift.transforms.options import check_policy
@@ -63,7 +66,13 @@ class _Remat(Transform):
         # Dynamo lets the body of a checkpoint change nothing around it: while someone captures what is sown, compiled
         # code keeps the intermediate values; and where an object may be changed, which no graph can take back.
         once = _compat.is_compiling() and (context.captures or objects)
-        body = run if once else checkpointed(run, self.policy, name=label)
+        body = (
+            run
+            if once
+            else checkpointed(
+                run, self.policy, name=label, around=None if _compat.is_compiling() else partial(Held, fn)
+            )
+        )
         flat, static = body(packed.snapshot(), leaves)
         if contents:
             contents.ran()
@@ -71,6 +80,12 @@ class _Remat(Transform):
         packed.publish(Update(changed, sown, static.meta))
         packed.hand_over(filled)
         return out
+
+
+def _with_meaning(own: Any) -> Any:
+    """The arguments of one method, without those that are accepted and have no meaning."""
+    accepted = {"concrete", "prevent_cse", "static_argnums", "static_argnames"}
+    return {key: own[key] for key in own if key not in accepted} if isinstance(own, Mapping) else own
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ def checkpoint(
 
     The lifted counterpart of ``jax.checkpoint`` (and of ``flax.linen.remat``), also under the name ``remat``. Unlike
     ``torch.utils.checkpoint`` it works under ``torch.func.grad``, ``vjp`` and ``vmap``, and updates batch statistics
-    once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
+    once, also those of modules that the body reaches by a closure. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
     An object among the arguments that the body fills, as a cache of keys and values, is found again as it was at first;
     what it puts into a list, dict or dataclass there is put into the caller's, once.
 
@@ -129,6 +144,8 @@ def checkpoint(
         torch.Size([2048, 8])
     """
     del concrete, prevent_cse, static_argnums, static_argnames
+    if isinstance(methods, dict):
+        methods = {name: _with_meaning(own) for name, own in methods.items()}
     return lift(_Remat, target, {"variables": variables, "rngs": rngs, "policy": policy}, methods)
 
 
