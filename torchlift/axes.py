@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlift import _compat, _tree
+from torchlift._context import context
 from torchlift.errors import AxisError, UnsupportedError
 from torchlift.named_axes import NamedAxis, Names, find
 
@@ -143,9 +144,13 @@ def _group(group: str | None) -> str:
     return group
 
 
+class PartialAxisError(AxisError):
+    """A collective was called for some of the indices of its axis."""
+
+
 def _check_whole(info: Any, size: int) -> None:
     if info.batch_size != size:
-        raise AxisError(
+        raise PartialAxisError(
             f"a collective got {info.batch_size} of the {size} indices of its axis, expected all of them: leave out "
             "vmap's chunk_size"
         )
@@ -184,6 +189,7 @@ def _operands(axis: NamedAxis) -> tuple[Tensor, int, str | None]:
 def _mapped(where: str, names: Names, x: Any, one: Callable[[Tensor, NamedAxis], Tensor]) -> Any:
     """``x``, a tree, with ``one`` applied to each leaf for each axis, the last one first."""
     found = find(names, where)
+    context.collectives += 1
     if _compat.is_compiling():
         _allow()
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat
+from torchlift import _compat, rng
+from torchlift._context import context
 from torchlift.engine.capture import CaptureError
-from torchlift.engine.draws import States, devices_of, read_states
+from torchlift.engine.draws import States, devices_of, read_states, write_states
 from torchlift.engine.rows import Rows
 from torchlift.errors import BranchError, TransformTargetError
 from torchlift.transforms.calls import unbound
@@ -68,6 +69,34 @@ def guarded(tensors: Sequence[Tensor], taken: Tensor) -> list[Tensor]:
     if not torch.is_grad_enabled():
         return list(tensors)
     return [torch.where(taken, x, x.detach()) if x.is_floating_point() or x.is_complex() else x for x in tensors]
+
+
+def run_guarded(
+    run: Callable[[list[Tensor]], Any], operands: Sequence[Tensor], count: int, taken: Tensor, label: str
+) -> Any:
+    """``run(operands)``, of which the first ``count`` are variables, with the guards that the choice asks for.
+
+    What calls a collective runs once more, without: other rows see what this one computed, whatever it chose itself.
+    """
+    before, again = context.collectives, drawing_again(operands)
+    with refusing_draws(label):
+        found = run([*guarded_variables(operands[:count], taken), *guarded(operands[count:], taken)])
+        if context.collectives != before and torch.is_grad_enabled():
+            again()
+            found = run(list(operands))
+    return found
+
+
+def drawing_again(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """What makes draws begin again from where they are now; in a graph those of seeded streams only."""
+    start, positions = None if _compat.is_tracing() else draw_states(tensors), rng.positions()
+
+    def again() -> None:
+        if start is not None:
+            write_states(start)
+        rng.rewind(positions)
+
+    return again
 
 
 def guarded_variables(tensors: Sequence[Tensor], taken: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
+from torchlift.axes import PartialAxisError
 from torchlift.changes import Change, Meta, Update
 from torchlift.engine.draws import write_states
 from torchlift.engine.rows import Rows
@@ -21,12 +22,11 @@ from torchlift.transforms.choosing import (
     as_tensor,
     describe,
     draw_states,
+    drawing_again,
     functions_of,
-    guarded,
-    guarded_variables,
     label_of,
     look,
-    refusing_draws,
+    run_guarded,
 )
 
 Place = tuple[int, str, str]  # of a variable: node, store, key
@@ -82,7 +82,11 @@ class _Choice:
             self.packed.hand_over(self.packed.filled)
             return out
         if index.rows is not None and index.values is not None:
-            return self._run_rows(index.rows, index.values)
+            again = drawing_again(self.operands)
+            try:
+                return self._run_rows(index.rows, index.values)
+            except PartialAxisError:  # a collective is of all rows, whatever these choose
+                again()
         return self._run_all(index.index)
 
     def _run_one(self, number: int, operands: Sequence[Tensor], others: Sequence[_Form]) -> tuple[_Form, list[Tensor]]:
@@ -133,10 +137,11 @@ class _Choice:
         forms: list[_Form] = []
         found: list[list[Tensor]] = []
         for number in range(len(self.names)):
-            taken = index == number
-            operands = [*guarded_variables(self.operands[:count], taken), *guarded(self.operands[count:], taken)]
-            with refusing_draws(self.label):
-                form, tensors = self._run_one(number, operands, forms)
+
+            def branch(operands: list[Tensor], number: int = number) -> tuple[_Form, list[Tensor]]:
+                return self._run_one(number, operands, forms)
+
+            form, tensors = run_guarded(branch, self.operands, count, index == number, self.label)
             forms.append(form)
             found.append(tensors)
         columns = self._aligned(forms, found, lambda _, entry: self.operands[entry])

@@ -112,7 +112,8 @@ def checkpoint(
 
     The lifted counterpart of ``jax.checkpoint`` (and of ``flax.linen.remat``), also under the name ``remat``. Unlike
     ``torch.utils.checkpoint`` it works under ``torch.func.grad``, ``vjp`` and ``vmap``, and updates batch statistics
-    once, also those of modules that the body reaches by a closure. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
+    once, also those of modules that the body reaches by a closure. Under an outer ``torch.func`` transform nothing but
+    the arguments is kept, whatever the policy.
     An object among the arguments that the body fills, as a cache of keys and values, is found again as it was at first;
     what it puts into a list, dict or dataclass there is put into the caller's, once.
 

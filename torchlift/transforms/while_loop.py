@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchlift import _compat, _tree, rng
 from torchlift._context import entered
+from torchlift.axes import PartialAxisError
 from torchlift.changes import Change, Meta, Update
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.draws import write_states
@@ -25,12 +26,11 @@ from torchlift.transforms.choosing import (
     as_tensor,
     describe,
     draw_states,
+    drawing_again,
     functions_of,
-    guarded,
-    guarded_variables,
     label_of,
     look,
-    refusing_draws,
+    run_guarded,
 )
 
 
@@ -142,8 +142,12 @@ class _While:
             elif seen.values is not None and not seen.values.any():
                 break
             elif seen.rows is not None and seen.values is not None:
-                rows = seen.rows
-                new = self._rows_step(step, operands, rows, seen.values)
+                rows, again = seen.rows, drawing_again(operands)
+                try:
+                    new = self._rows_step(step, operands, rows, seen.values)
+                except PartialAxisError:  # a collective is of all rows, also of those that are done
+                    again()
+                    new = self._select_step(step, operands, seen.index != 0)
             else:
                 new = self._select_step(step, operands, seen.index != 0)
             if not isinstance(seen, int):
@@ -207,9 +211,7 @@ class _While:
 
     def _select_step(self, step: Any, operands: list[Tensor], going: Tensor) -> list[Tensor]:
         """An iteration whose results are kept where the condition holds."""
-        given = [*guarded_variables(operands[: self.count], going), *guarded(operands[self.count :], going)]
-        with refusing_draws(self.label):
-            new = self._note(step(given), everywhere=False)
+        new = self._note(run_guarded(step, operands, self.count, going, self.label), everywhere=False)
         old = [operands[at] for at in self.moving]
         return [torch.where(going, value, was) for value, was in zip(new, old, strict=True)]
 
