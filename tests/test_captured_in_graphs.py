@@ -23,6 +23,10 @@ LIFTED = {
     "remat": torchlift.remat(Sower),
     "vmap": torchlift.vmap(Sower, {"params": 0}, axis_size=2),
     "remat_scan": torchlift.remat_scan(Sower, lengths=(2,), compile=AOT),
+    "remat_scan, plain": torchlift.remat_scan(Sower, lengths=(2, 1), compile=False),
+    "remat_scan in map_variables": torchlift.map_variables(
+        torchlift.remat_scan(Sower, lengths=(2,), compile=AOT), "params"
+    ),
 }
 
 
@@ -46,7 +50,7 @@ def same(got, expected):
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_compiled_module_sows_under_its_own_names(kind, warm):
     module, x = nn.Sequential(LIFTED[kind](3, 3)), torch.randn(2, 3)
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     if warm:
         compiled(x)
     expected = captured(module, x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, _tree, fingerprint, metadata, rng, stacked_classes, stacking
-from torchlift._context import entered
+from torchlift._context import context, entered
 from torchlift.changes import Change, Meta, Update
 from torchlift.engine import loop
 from torchlift.engine.opaque import opaque_run
@@ -390,7 +390,9 @@ def _is_like(found: Any, groups: Sequence[Any]) -> bool:
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "unroll"}
+    """What a plain loop in a graph takes: no remat while someone captures what is sown, for the reason in ``remat``."""
+    left_out = ("unroll", *(("remat", "lengths", "every") if context.captures else ()))
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 def _how_to_write(collection: str) -> str:
