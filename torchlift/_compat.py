@@ -352,6 +352,11 @@ class Inductor:
         self.stack.enter_context(tracing(TracingContext(self.mode)))
         optimism = _optimism()
         self.stack.enter_context(config.patch(optimism | self.options))
+        if self.mode.shape_env is not None:
+            # Its cache keeps guards on sizes that are inputs of the graph. Here sizes come with the tensors alone, and
+            # what it found would be a program for other sizes, which nothing tells from these.
+            self.stack.enter_context(config.patch({"fx_graph_cache": False, "fx_graph_remote_cache": False}))
+            self.stack.enter_context(_convolutions_of_any_size())
         if optimism:
             self.stack.enter_context(patch.object(VecISA, "check_build", lambda self, code: True))
         # The program of the forward is built while Inductor turns to the backward.
@@ -429,6 +434,16 @@ class Inductor:
         output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(nodes) if isinstance(n, torch.fx.Node)]
         with torch.no_grad(), autocast_off():
             return _inductor_compile(graph, inputs, native, is_backward=True)
+
+
+def _convolutions_of_any_size() -> contextlib.AbstractContextManager[Any]:
+    """Before Inductor calls torch for the backward of a convolution, it would make the sizes of the input constants."""
+    from torch._inductor.kernel import conv
+    from torch._inductor.lowering import lowerings
+
+    called = getattr(conv, "aten_convolution_backward_fallback", None)  # not there before torch 2.13
+    found = {} if called is None else {torch.ops.aten.convolution_backward.default: called}
+    return patch.dict(lowerings, found)
 
 
 def _inductor_compile(

@@ -11,7 +11,7 @@ import torch
 
 from torchlift import _compat
 from torchlift.engine.attention import attend_by_products
-from torchlift.engine.capture import inverse, stride_order
+from torchlift.engine.capture import inverse, order_of, stride_order
 from torchlift.engine.chains import chains
 from torchlift.engine.gemm import is_for_onednn, tune_products
 from torchlift.engine.native import CALLED, is_native
@@ -124,7 +124,7 @@ def compile_graphs(
     bw = None
     if graphs.bw is not None:
         if strides is not None:
-            _restride(graphs, strides)
+            _restride(graphs, strides, mode)
         if dense:
             _make_dense(graphs, mode)
         bw = inductor.backward(graphs.bw, graphs.bw_inputs, bw_native)
@@ -152,7 +152,7 @@ def _compile_parts(
     if backward is not None:
         graphs.bw_inputs[:] = backward.inputs
         if strides is not None:
-            _restride(graphs, strides)
+            _restride(graphs, strides, inductor.mode)
         backward.inputs = list(graphs.bw_inputs)
         attend_by_products(backward.graph)
         places = backward.spread(parts, graphs, drivers[0])
@@ -169,7 +169,7 @@ def _compile_parts(
     return fw, bw
 
 
-def _restride(graphs: Graphs, strides: list[Any]) -> None:
+def _restride(graphs: Graphs, strides: list[Any], mode: Any) -> None:
     """Saved values reach backward with the strides that Inductor chose in forward, not with those that were traced."""
     for at, (kind, i) in enumerate(graphs.feeds):
         if kind != "saved":
@@ -177,11 +177,20 @@ def _restride(graphs: Graphs, strides: list[Any]) -> None:
         stride, value = strides[graphs.outputs + i], graphs.bw_inputs[at]
         if stride is None or not isinstance(value, torch.Tensor):
             continue
-        if any(isinstance(s, torch.SymInt) for s in value.stride()):
-            continue  # Inductor keeps the layout where sizes are symbolic
-        wanted = tuple(int(s) for s in stride)
-        if value.stride() != wanted:
+        wanted = [int(s) for s in stride]
+        if [_compat.size_hint(s) for s in value.stride()] == wanted:
+            continue
+        if not any(isinstance(s, torch.SymInt) for s in value.stride()):
             graphs.bw_inputs[at] = value.as_strided(value.size(), wanted)
+            continue
+        # The strides that are told are those of the sizes now. In what order dimensions lie, a convolution's say, holds
+        # for all sizes.
+        order = order_of([_compat.size_hint(n) for n in value.size()], wanted)
+        with mode:
+            laid = value.new_empty([value.size(d) for d in order]).permute(inverse(order))
+        if [_compat.size_hint(s) for s in laid.stride()] != wanted:
+            raise RuntimeError("Inductor leaves gaps in what is saved, which for other sizes may be others")
+        graphs.bw_inputs[at] = laid
 
 
 def _make_dense(graphs: Graphs, mode: Any) -> None:
