@@ -39,9 +39,10 @@ class LayersCall:
         first = Packed(call_layer, layers[0], (x, *args), kwargs, layers.label)
         first.allow(lambda collection: True, str)
         first.one_of_many = True
-        first.handed_on = lambda out: carried_by(out, self.carry_spec)
-        self.packed = self._beside(first, list(layers))
         self.carry, self.carry_spec = _tree.flatten(x)
+        # Not by way of this object, which has what it was given: that would live until the next search for garbage.
+        first.handed_on = functools.partial(carried_by, spec=self.carry_spec)
+        self.packed = self._beside(first, list(layers))
         self.remat = layers.options()["remat"]
 
     def _beside(self, first: Packed, layers: list[nn.Module]) -> list[Packed]:

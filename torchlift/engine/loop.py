@@ -7,7 +7,9 @@ The engine knows pytrees of tensors and nothing of modules. A :class:`Body` is o
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -104,25 +106,33 @@ def plain_run(
             outs.append(y)
         return carry, tuple(outs)
 
-    def nest(sizes: tuple[int, ...], consts: Tree, carry: Tree, part: tuple[Tree, ...], first: int) -> tuple[Tree, Any]:
-        """``part`` cut as ``sizes`` says, every piece recomputed in backward; the last size is of iterations."""
-        inner = piece if len(sizes) == 1 else (lambda *args: nest(sizes[1:], *args))
-        size = sizes[0] if len(sizes) == 1 else math.prod(sizes[1:])
-        if remat is not None:
-            from torchlift.engine.remat import checkpointed
+    pieces: _Pieces = piece
+    for size in (every,) if lengths is None else itertools.accumulate((1, *reversed(lengths[1:])), operator.mul):
+        pieces = _in_pieces(pieces, size, remat, body.around)
+    carry, outs = pieces(consts, carry, tuple(slices[i] for i in order), 0)
+    for i, y in zip(order, outs):
+        ys[i] = y
+    return carry, stack(body.name, ys) if isinstance(xs, Stacked) else ys
 
-            inner = checkpointed(inner, None if remat is True else remat, around=body.around)
+
+_Pieces = Callable[[Tree, Tree, tuple[Tree, ...], int], tuple[Tree, tuple[Tree, ...]]]
+
+
+def _in_pieces(inner: _Pieces, size: int, remat: Any, around: Callable[[], Any] | None) -> _Pieces:
+    """Iterations cut into pieces of ``size``, each run by ``inner`` and, with ``remat``, recomputed in backward."""
+    if remat is not None:
+        from torchlift.engine.remat import checkpointed
+
+        inner = checkpointed(inner, None if remat is True else remat, around=around)
+
+    def run(consts: Tree, carry: Tree, part: tuple[Tree, ...], first: int) -> tuple[Tree, tuple[Tree, ...]]:
         outs: list[Tree] = []
         for at in range(0, len(part), size):
             carry, some = inner(consts, carry, part[at : at + size], first + at)
             outs.extend(some)
         return carry, tuple(outs)
 
-    sizes = (every,) if lengths is None else (*lengths, 1)
-    carry, outs = nest(sizes, consts, carry, tuple(slices[i] for i in order), 0)
-    for i, y in zip(order, outs):
-        ys[i] = y
-    return carry, stack(body.name, ys) if isinstance(xs, Stacked) else ys
+    return run
 
 
 def slices_of(xs: Xs, length: int) -> list[Tree]:

@@ -98,8 +98,9 @@ class Recomputing:
         write_states(self.draws)
         self.before = _state.recomputing
         _state.recomputing = True
-        self.as_it_was = nullcontext() if self.around is None else self.around.again()
-        self.as_it_was.__enter__()
+        if self.around is not None:
+            self.as_it_was = self.around.again()
+            self.as_it_was.__enter__()
         if self.replayer is not None:
             self.replayer.__enter__()
 
@@ -109,5 +110,6 @@ class Recomputing:
             if self.replayer is not None:
                 self.replayer.__exit__(*error)
         finally:
-            self.as_it_was.__exit__(None, None, None)
+            if self.around is not None:
+                self.as_it_was.__exit__(None, None, None)
             write_states(self.stood)

@@ -143,7 +143,18 @@ class _Rule:
 
     def __init__(self, config: _Custom_vjp, module: nn.Module, args: tuple[Any, ...], label: str):
         self.config, self.label = config, label
-        self.packed = packed = _collected(self._forward_fn, module, args, label)
+        self.plain = plain = not _compat.functorch_active() and not _compat.is_compiling()
+        kept: list[Any] = []
+        self.kept = kept  # the residuals as forward_fn returned them, if it has run
+
+        # No method: this object has what it was given, and would lead to itself.
+        def forward_fn(*args: Any) -> Any:
+            result = config.forward_fn(*args)
+            if plain and isinstance(result, tuple):
+                kept[:] = result[1:]
+            return result
+
+        self.packed = packed = _collected(forward_fn, module, args, label)
         self.call = Call(packed, wanted_operands(packed, config.grad_vars, "grad_vars"), "residuals")
         self.args_spec = _tree.flatten(args)[1]
         self.shapes = [describe(operand) for operand in self.call.operands]
@@ -160,14 +171,6 @@ class _Rule:
             leaves, spec = _tree.flatten(arg)
             self.spans.append(([operand_of.get(at) for at in range(start, start + len(leaves))], spec))
             start += len(leaves)
-        self.plain = not _compat.functorch_active() and not _compat.is_compiling()
-        self.kept: tuple[Any, ...] | None = None  # the residuals as forward_fn returned them
-
-    def _forward_fn(self, *args: Any) -> Any:
-        result = self.config.forward_fn(*args)
-        if self.plain and isinstance(result, tuple):
-            self.kept = result[1:]
-        return result
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -249,11 +252,11 @@ class _Rule:
         self, operands: Sequence[Tensor], saved: Sequence[Tensor], cotangents: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """What ``backward_fn`` gives for each operand."""
-        if self.kept is not None and not torch.is_grad_enabled():
+        if self.kept and not torch.is_grad_enabled():
             # A vjp function among the very ones still has its graph, which knows nothing of what came before the call.
             residuals = self.kept[0]
             if not _compat.backward_keeps_graph():
-                self.kept = None
+                self.kept.clear()
         else:
             residuals = self.results.residuals(operands, saved)
         leaves = self.packed.with_tensors(operands[len(self.packed.entries) :])
