@@ -46,7 +46,7 @@ ROWS = [
 ENGINE_IMPORTS = {"errors.py", "_compat.py", "_tree.py"}
 
 MAX_LINES = 450
-LONGER = {"_compat.py": 1290}  # the one file that may import private torch: two of them would not be one
+LONGER = {"_compat.py": 1330}  # the one file that may import private torch: two of them would not be one
 
 PUBLIC_NAMES = [
     "AliasError",

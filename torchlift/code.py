@@ -8,6 +8,8 @@ from typing import Any
 
 from torchlift.references import in_cell
 
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
 
 def function_in(value: Any) -> types.FunctionType | None:
     """The Python function in a function, a method of any kind, a property or a partial."""
@@ -26,6 +28,16 @@ def names_in(code: types.CodeType) -> list[str]:
 def is_library(module: str | None) -> bool:
     """Whether code of a module of that name is nobody's own."""
     return module is None or module.partition(".")[0] in ("torch", "torchlift", "builtins", "numpy")
+
+
+def of_library(made: type | types.FunctionType) -> bool:
+    """Whether a class or a function is nobody's own.
+
+    What ``exec(code, {})`` makes belongs to no module, and its classes are called builtins; Python's own are static.
+    """
+    if isinstance(made, types.FunctionType):
+        return "__name__" in made.__globals__ and is_library(made.__globals__["__name__"])
+    return is_library(made.__module__) and not (made.__module__ == "builtins" and made.__flags__ & _HEAP_TYPE)
 
 
 def in_closure(fn: types.FunctionType) -> Iterator[types.FunctionType]:

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchlift import _tree
-from torchlift.code import function_in, in_closure, is_library, names_in, spaces_of
+from torchlift.code import function_in, in_closure, names_in, of_library, spaces_of
 from torchlift.digests import Key
 from torchlift.digests import digest as digest  # part of what this module offers
 from torchlift.errors import UnsupportedError
@@ -58,10 +58,10 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
         )
     captures = tuple(repr(frame.filter) for frame in packed.context["captures"])
     classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
-    contents = tuple([of_class(cls) for cls in classes if not is_library(cls.__module__)])
+    contents = tuple([of_class(cls) for cls in classes if not of_library(cls)])
     # Of a class of torch's own a method that was replaced.
-    known = [cls.forward for cls in classes if is_library(cls.__module__)]
-    contents += tuple([_outline(forward) for forward in known if not is_library(getattr(forward, "__module__", None))])
+    known = [function_in(cls.forward) for cls in classes if of_library(cls)]
+    contents += tuple([_outline(forward) for forward in known if forward is not None and not of_library(forward)])
     axes = tuple((axis.name, axis.size, axis.group) for axis in packed.context["axes"])
     beside = _tree.beside_fields(packed.spec)
     built = (_tree.form(packed.spec), of_value(beside) if beside else None)
@@ -280,7 +280,7 @@ def _of_modules_in(fn: types.FunctionType) -> list[Hashable]:
 
 def _names_of(module: nn.Module) -> list[str]:
     """The names in the methods of a module."""
-    own = [value for base in type(module).__mro__ if not is_library(base.__module__) for value in vars(base).values()]
+    own = [value for base in type(module).__mro__ if not of_library(base) for value in vars(base).values()]
     return list(dict.fromkeys(name for fn in map(function_in, own) if fn is not None for name in names_in(fn.__code__)))
 
 
@@ -311,7 +311,7 @@ def of_class(cls: type) -> Hashable:
     method names, the code of a helper. So all of it is compared at each call, which takes a few microseconds, and what
     to compare is found anew where something differs. Nothing here keeps a class alive: functions stand for their code.
     """
-    own = [item for base in cls.__mro__ if not is_library(base.__module__) for item in vars(base).items()]
+    own = [item for base in cls.__mro__ if not of_library(base) for item in vars(base).items()]
     members = [(name, _outline(value)) for name, value in own if not name.startswith("__") or callable(value)]
     known = _classes.get(cls)
     if known is None or known[0] != members or _values(known[1]) != known[2]:
@@ -401,7 +401,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         inner = value.values() if isinstance(value, dict) else value
     elif isinstance(value, np.ndarray):
         return value.size <= _MOST and not value.dtype.hasobject
-    elif isinstance(value, (nn.Module, type)) or is_library(type(value).__module__) or not hasattr(value, "__dict__"):
+    elif isinstance(value, (nn.Module, type)) or of_library(type(value)) or not hasattr(value, "__dict__"):
         return False
     else:
         inner = vars(value).values()
@@ -415,7 +415,7 @@ def _names_read(values: list[Any]) -> _Names:
     todo = [fn for value in values for fn in _functions_in(value)]
     while todo:
         fn = todo.pop()
-        if fn in seen or is_library(fn.__globals__.get("__name__")):
+        if fn in seen or of_library(fn):
             continue
         seen.add(fn)
         todo += in_closure(fn)
@@ -432,7 +432,7 @@ def _names_read(values: list[Any]) -> _Names:
                 if inner or in_place or _is_plain(value):
                     found[id(space), name] = space, name
                     todo += inner
-                elif isinstance(value, type) and not is_library(value.__module__):  # a flag, or a place for functions
+                elif isinstance(value, type) and not of_library(value):  # a flag, or a place for functions
                     members = _Members(space, name)
                     for own in names:
                         member = members.get(own)

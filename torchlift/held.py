@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from torchlift import _compat
-from torchlift.code import is_library, names_in
+from torchlift.code import names_in, of_library
 from torchlift.references import in_cell
 
 
@@ -42,7 +42,7 @@ def modules_held(fn: Callable[..., Any]) -> list[nn.Module]:
         elif isinstance(value, types.FunctionType):
             todo += [in_cell(cell) for cell in value.__closure__ or ()]
             todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-            if not is_library(value.__module__):
+            if not of_library(value):
                 todo += [value.__globals__.get(name) for name in names_in(value.__code__)]
         seen.add(id(value))
     return list(found.values())

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchlift.code import function_in, in_closure, is_library, names_in, spaces_of
+from torchlift.code import function_in, in_closure, names_in, of_library, spaces_of
 
 _UNCOUNTED = {"data", "numpy"}  # what gives a tensor of the same memory whose writes are not counted
 # What lets code write into parameters, which are leaves of autograd: outside of these it is an error.
@@ -78,7 +78,7 @@ def _look(bodies: Sequence[Any], classes: set[type]) -> Unseen:
         seen.add((owner, fn))
         if getattr(fn, "__wrapped__", None) is not None:
             work.append((owner, function_in(fn.__wrapped__)))  # type: ignore[attr-defined]
-        if is_library(fn.__globals__.get("__name__")):
+        if of_library(fn):
             # torch.no_grad and its like, as decorators; what else is torch's counts its writes.
             by_owner[owner] |= {"no_grad"} if fn.__code__.co_name == "decorate_context" else set()
             seeds = seeds or fn.__code__.co_name in _SEEDS  # by another name
@@ -110,7 +110,7 @@ def _members(classes: set[type], names: set[str], seen: set[Any]) -> list[tuple[
         (cls, function_in(value))
         for cls in classes
         for base in cls.__mro__
-        if not is_library(base.__module__)
+        if not of_library(base)
         for name, value in vars(base).items()
         if name in names
     ]

@@ -83,7 +83,7 @@ class Reached:
         """
         kind = type(value)
         if kind is types.FunctionType:
-            return self._in_function(value), _of_library(value.__globals__.get("__name__"))
+            return self._in_function(value), _of_library(value.__globals__.get("__name__", ""))
         if kind is types.MethodType:
             return [value.__self__, value.__func__], ours
         if kind is functools.partial:
@@ -111,7 +111,7 @@ class Reached:
     def _in_function(self, fn: types.FunctionType) -> list[Any]:
         cells = [cell for cell in fn.__closure__ or () if _is_full(cell)]
         inside = [cell.cell_contents for cell in cells]
-        if _of_library(fn.__globals__.get("__name__")):
+        if _of_library(fn.__globals__.get("__name__", "")):
             return inside
         for cell, content in zip(cells, inside):
             self._noted.append((functools.partial(_content_of, cell), functools.partial(_fill, cell, content)))
