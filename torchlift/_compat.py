@@ -330,6 +330,30 @@ def mark_of(node: torch.fx.Node) -> int | None:
     return node.meta.get("custom", {}).get("torchlift")
 
 
+@contextlib.contextmanager
+def checkpoints_seen(enter: Callable[[Any], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """In this block and thread ``torch.utils.checkpoint`` is ``enter(policy)`` around its function, and no more.
+
+    A capture meets no hooks of saved tensors: what such a function computes would be kept like everything else.
+    """
+    from torch.utils import checkpoint
+
+    thread, begin = threading.get_ident(), checkpoint._checkpoint_without_reentrant_generator
+
+    def around(fn: Any, preserve: bool, context_fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        inner = context_fn.args if isinstance(context_fn, functools.partial) else ()
+        selective = getattr(context_fn, "func", None) is checkpoint.create_selective_checkpoint_contexts
+        policy = inner[0] if selective and inner and callable(inner[0]) else None
+        if threading.get_ident() != thread or (policy is None and context_fn is not checkpoint.noop_context_fn):
+            yield from begin(fn, preserve, context_fn, *args, **kwargs)
+        else:
+            with enter(policy):
+                yield
+
+    with patch.object(checkpoint, "_checkpoint_without_reentrant_generator", around):
+        yield
+
+
 class Inductor:
     """What Inductor needs around it while the graphs of one capture are traced, partitioned and compiled."""
 
