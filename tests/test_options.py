@@ -191,3 +191,8 @@ def test_flags_and_names():
     for name in ("axis_name", "spmd_axis_name"):
         with pytest.raises(OptionError, match=f"vmap: {name} is 3, expected a str"):
             torchlift.vmap(nn.Linear, **{name: 3})
+
+
+def test_a_policy_is_no_remat():
+    with pytest.raises(OptionError, match="scan_layers: remat is <function .*, expected a bool; .* is policy="):
+        torchlift.scan_layers(layers(), remat=checkpoint_policies.dots_saveable)

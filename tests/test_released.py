@@ -54,7 +54,7 @@ CALLS = {
             "unrolled": {"compile": G, "unroll": 2},
             "plain, remat": {"compile": False, "remat": True},
             "compiled, remat": {"compile": G, "remat": True},
-            "a policy": {"compile": G, "remat": checkpoint_policies.dots_saveable},
+            "a policy": {"compile": G, "policy": checkpoint_policies.dots_saveable},
             "plain, nested": {"compile": False, "lengths": (2, 2)},
             "nested": {"compile": G, "lengths": (2, 2)},
             "in pieces": {"compile": G, "every": 2, "remat": True},

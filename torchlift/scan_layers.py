@@ -35,7 +35,7 @@ from torchlift.layer_calls import LayersCall, call_layer, carried_by
 from torchlift.scanned import Scanned, scanned_places
 from torchlift.stacking import check_initialised, listed, located
 from torchlift.transforms.compiling import Static, constant, fleshed, out_of_graph, register, skeleton, static_of, token
-from torchlift.transforms.options import check_compile, check_count, check_lengths, check_policy, check_unroll
+from torchlift.transforms.options import check_compile, check_count, check_lengths, check_remat, check_unroll
 from torchlift.transforms.profiling import traced_names, traced_names_within
 from torchlift.variables import Variable
 from torchlift.written import Written
@@ -49,7 +49,7 @@ class ScanLayers(nn.ModuleList):
         every: int = 1, lengths: Sequence[int] | None = None, compile: bool | dict[str, Any] = True,
         unroll: int | str = 1, scanned_attributes: Sequence[str] = (),
     ):  # fmt: skip
-        check_policy(policy, "scan_layers: policy")
+        check_remat(remat, policy, "scan_layers")
         check_count(every, "scan_layers: every")
         check_compile(compile, "scan_layers: compile=")
         check_unroll(unroll, "scan_layers: unroll")

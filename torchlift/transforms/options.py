@@ -110,6 +110,13 @@ def check_policy(policy: Any, where: str) -> None:
     check_callable(policy, where, "one of torchlift.checkpoint_policies, or a function like them")
 
 
+def check_remat(remat: Any, policy: Any, name: str) -> None:
+    """Whether to compute again in backward, and the policy, which are two arguments."""
+    check_policy(policy, f"{name}: policy")
+    if not isinstance(remat, bool):
+        raise OptionError(f"{name}: remat is {remat!r}, expected a bool; what is kept all the same is policy=")
+
+
 def check_axes(axes: Sequence[Any], where: str, others: Sequence[Any] = (None,)) -> None:
     """Axes of arguments or outputs: ints, and what is in ``others``."""
     for axis in axes:
