@@ -299,3 +299,14 @@ def test_a_pull_back_can_be_an_operand():
 
     x = ROWS[:, 0]
     assert_same(torch.func.vmap(row)(x), torch.where(x > 0, x * x.cos(), x))
+
+
+@pytest.mark.parametrize("value", [None, "a", [], (), {}])
+def test_what_is_no_choice_is_refused(value):
+    x, module = torch.ones(2), nn.Identity()
+    with pytest.raises(torchlift.BranchError, match=r"cond\(Identity\): pred is .*, expected a number or a tensor"):
+        torchlift.cond(value, lambda m, x: x, lambda m, x: -x, module, x)
+    with pytest.raises(
+        torchlift.BranchError, match=r"while_loop\(Identity\): what cond_fn returned is .*, expected a number"
+    ):
+        torchlift.while_loop(lambda m, x: value, lambda m, x: x - 1, module, x)

@@ -20,6 +20,7 @@ from engine_zoo import (
     rand,
     tanh_linear,
 )
+from torch import nn
 
 import torchlift
 from torchlift import _compat
@@ -219,6 +220,23 @@ def test_many_calls_leave_nothing_behind(as_a_list, way):
         assert alive() - before <= 2
     finally:
         gc.enable()
+
+
+def test_explain_takes_a_module():
+    with pytest.raises(
+        torchlift.errors.TransformTargetError, match=r"explain: got <class .*Linear'>, expected an nn.M"
+    ):
+        torchlift.explain(nn.Linear, torch.ones(2))
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"every": 2}, {"lengths": (2, 2)}])
+def test_what_runs_again_as_a_whole_is_counted(options):
+    layers = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(4)]
+    stack = torchlift.scan_layers(layers, compile={"backend": "aot_eager"}, **options)
+    report = torchlift.explain(stack, torch.ones(2, 3))[0]
+    assert report.path == "compiled" and report.saved_bytes == 0 and report.recomputed >= 2
+    with torch.no_grad():
+        assert torchlift.explain(stack, torch.ones(2, 3))[0].recomputed == 0
 
 
 def test_explain_run():

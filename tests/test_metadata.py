@@ -250,6 +250,8 @@ def test_shard_uses_names_of_the_mesh_itself(mesh):
 
 def test_shard_errors(mesh):
     bare = torch.distributed.init_device_mesh("cpu", (1,))
+    with pytest.raises(torchlift.MetadataError, match=r"shard: mesh is None, expected a DeviceMesh"):
+        torchlift.shard(Mlp(), None)
     with pytest.raises(torchlift.MetadataError, match="expected one made with mesh_dim_names="):
         torchlift.shard(Mlp(), bare)
     with pytest.raises(

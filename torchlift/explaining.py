@@ -11,6 +11,7 @@ from torch import nn
 from torchlift import _compat, rng
 from torchlift.applying import apply
 from torchlift.engine.run import Report, listen
+from torchlift.errors import TransformTargetError
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,16 @@ def explain(module: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         how often its body was compiled so far, the bytes saved for backward per iteration, and the number of operations
         that backward recomputes.
 
+    Raises:
+        TransformTargetError: ``module`` is no module.
+
     Example:
         >>> blocks = torchlift.scan_layers([torch.nn.Linear(4, 4) for _ in range(3)], remat=True, compile=False)
         >>> print(torchlift.explain(blocks, torch.ones(2, 4)))
         scan_layers(Linear): plain (because: compile=False)
     """
+    if not isinstance(module, nn.Module):
+        raise TransformTargetError(f"explain: got {module!r}, expected an nn.Module, and what to call it with")
     before = rng.default_states()
     try:
         with listen() as reports, _compat.dynamo_off():

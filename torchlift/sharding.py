@@ -32,8 +32,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, rules: Mapping[str, str | None] |
         ``module``.
 
     Raises:
-        MetadataError: the mesh has no names, a rule leads to no dimension of it, two axes of a parameter or the axis of
-            a ``scan`` lead to one.
+        MetadataError: ``mesh`` is no mesh, or has no names, a rule leads to no dimension of it, two axes of a parameter
+            or the axis of a ``scan`` lead to one.
 
     Example:
         >>> linear = torchlift.with_partitioning(torch.nn.Linear(8, 8), "weight", ("mlp", "embed"))
@@ -43,6 +43,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, rules: Mapping[str, str | None] |
     """
     from torch.distributed.tensor import distribute_tensor
 
+    if not hasattr(mesh, "mesh_dim_names"):
+        raise MetadataError(f"shard: mesh is {mesh!r}, expected a DeviceMesh, as init_device_mesh makes one")
     known = tuple(mesh.mesh_dim_names or ())
     if not known:
         raise MetadataError("shard: the mesh has no names, expected one made with mesh_dim_names=")

@@ -388,6 +388,7 @@ def _wire(
         [node.meta["val"] for node in holders],
         count,
         [source[node.name] for node in holders],
+        operators=len(forward_names),
         recomputed=sum(node.op == "call_function" and node.name in forward_names for node in bw.graph.nodes),
         grads=[node is not None for node in next(iter(reversed(bw.graph.nodes))).args[0]],
     )

@@ -432,6 +432,7 @@ def _capture(
         requires_grad=seen.requires_grad if train else [False] * len(seen.requires_grad),
         random=seen.random,
         saved_bytes=saved,
+        operators=graphs.operators,
         recomputed=graphs.recomputed,
         closures=len(closures),
         shapes=kept,

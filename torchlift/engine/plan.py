@@ -38,6 +38,7 @@ class Program:
     requires_grad: list[bool]  # per output
     random: bool
     saved_bytes: int
+    operators: int
     recomputed: int
     packed: bool = False
     chained: bool = False  # takes the xs of any number of times as many steps; then ``packed``

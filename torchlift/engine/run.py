@@ -43,7 +43,7 @@ class Report:
     nodes: int = 0  # autograd nodes around the graphs
     compilations: int = 0
     saved_bytes: int = 0  # per iteration, besides inputs, as the graphs were cut
-    recomputed: int = 0  # operators of forward that backward runs again, by the partitioner's choice
+    recomputed: int = 0  # operators of forward that backward runs again, per iteration
     random: bool = False
 
 
@@ -310,8 +310,10 @@ def _pieces(o: _Options) -> tuple[int, ...]:
 
 
 def _report(job: _Job, program: Program, nodes: int) -> None:
-    saved = 0 if _pieces(job.options) else program.saved_bytes // program.steps
-    made, recomputed = compiled.compilations[job.body.key], program.recomputed // program.steps
+    saved, recomputed = program.saved_bytes // program.steps, program.recomputed // program.steps
+    if nodes and _pieces(job.options):  # the forward graph runs again
+        saved, recomputed = 0, recomputed + program.operators // program.steps
+    made = compiled.compilations[job.body.key]
     record(Report(job.body.name, "compiled", None, nodes, made, saved, recomputed, program.random))
 
 

@@ -55,7 +55,8 @@ class Graphs:
     outputs: int
     feeds: list[tuple[str, int]] = field(default_factory=list)
     shared_grads: list[bool] = field(default_factory=list)  # per input: its gradient may be another value's memory
-    recomputed: int = 0
+    operators: int = 0  # of the forward
+    recomputed: int = 0  # of these: what is in the backward again
     grads: list[bool] = field(default_factory=list)  # per input: whether it gets a gradient
     marks: list[tuple[str, int] | None] = field(default_factory=list)  # of the spans in the forward; see ``Recorder``
     chained: bool = False  # whether, compiled, they take any number of packs one behind the other

@@ -41,6 +41,19 @@ class Unseen:
         return Unseen(fn(self.index), None if self.values is None else fn(self.values), self.rows)
 
 
+def truth(value: Any, what: str, label: str) -> Any:
+    """``value`` as a tensor or a bool.
+
+    Raises:
+        BranchError: it is neither a tensor nor a number: a forgotten ``return`` would be a choice.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not _compat.is_compiling() and (value is None or not hasattr(type(value), "__bool__")):
+        raise BranchError(f"{label}: {what} is {value!r}, expected a number or a tensor of one element")
+    return bool(value)
+
+
 def look(index: Any, label: str) -> int | Unseen:
     """The number of the branch that a predicate or an index stands for."""
     if not isinstance(index, Tensor):

@@ -27,6 +27,7 @@ from torchlift.transforms.choosing import (
     label_of,
     look,
     run_guarded,
+    truth,
 )
 
 Place = tuple[int, str, str]  # of a variable: node, store, key
@@ -273,7 +274,8 @@ def cond(
         dtypes, and numbers come back as tensors.
 
     Raises:
-        BranchError: the functions return or create different things, or ``pred`` has several elements.
+        BranchError: the functions return or create different things, or ``pred`` has several elements, or
+            is no number.
         FunctionTargetError: one of them is a class or a module.
         ModifyCollectionError: a function changed a collection outside of ``variables``.
         RandomnessError: a function drew from a stream outside of ``rngs``.
@@ -292,7 +294,7 @@ def cond(
                 [ 1.0000, -0.5000]])
     """
     label = label_of("cond", mdl)
-    index = look(pred if isinstance(pred, Tensor) else bool(pred), label)
+    index = look(truth(pred, "pred", label), label)
     index = int(not index) if isinstance(index, int) else index.mapped(lambda value: (value == 0).long())
     functions = functions_of("cond", (true_fun, false_fun), mdl)
     return _Choice(label, dict(zip(("true_fun", "false_fun"), functions)), mdl, operands, variables, rngs).run(index)

@@ -31,6 +31,7 @@ from torchlift.transforms.choosing import (
     label_of,
     look,
     run_guarded,
+    truth,
 )
 
 
@@ -133,7 +134,7 @@ class _While:
             going = self.asks(operands)
             if alive is not None:
                 going = alive & (torch.as_tensor(going) != 0)
-            seen = look(going if isinstance(going, Tensor) else bool(going), self.label)
+            seen = look(truth(going, "what cond_fn returned", self.label), self.label)
             if seen == 0:
                 break
             step = self._step()
@@ -299,7 +300,7 @@ def while_loop(
 
     Raises:
         AxisError: ``max_steps`` is no number of iterations.
-        BranchError: the condition is a tensor with several elements.
+        BranchError: the condition is a tensor with several elements, or no number.
         CarryError: the carry, or a carried variable, changed its structure, a shape or a dtype.
         FunctionTargetError: one of the functions is a class or a module.
         ModifyCollectionError: the body changed a collection that is not carried, or the condition changed any.
