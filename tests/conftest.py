@@ -14,9 +14,11 @@ from torchlift import _compat
 # With one process for each core, threads within them would only wait for each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-# What torch is made of stays: not to be gone through at every collection.
+# What torch is made of stays: not to be gone through at every collection. Dynamo and fx make many objects, few of them
+# garbage: to look for it as often as Python does takes a tenth of the time.
 gc.collect()
 gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
