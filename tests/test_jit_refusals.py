@@ -83,6 +83,12 @@ class Prints(nn.Module):
         return x + 1
 
 
+def test_a_number_that_a_tensor_holds_is_no_choice():
+    run = torchlift.jit(lambda module, x: module(x) if x.sum().item() > 0 else x, backend="eager")
+    with pytest.raises(torchlift.UnsupportedError, match=r"(?s)jit\(<lambda>.*fullgraph=False.*data-dependent"):
+        run(nn.Linear(3, 3), torch.ones(2, 3))
+
+
 def test_a_body_that_cannot_be_captured_raises_with_torchs_reason():
     x = torch.ones(2)
     with pytest.raises(torchlift.UnsupportedError, match=r"(?s)jit\(Prints.*fullgraph=False.*print"):

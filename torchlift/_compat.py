@@ -1032,7 +1032,7 @@ def compile_apart(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 def capture_errors() -> tuple[type[BaseException], ...]:
     """What ``torch.compile(fullgraph=True)`` raises for a body that it cannot capture, or not once more."""
     dynamo = sys.modules.get("torch._dynamo")
-    return () if dynamo is None else (dynamo.exc.Unsupported, dynamo.exc.FailOnRecompileLimitHit)
+    return () if dynamo is None else (dynamo.exc.Unsupported, dynamo.exc.UserError, dynamo.exc.FailOnRecompileLimitHit)
 
 
 def comes_from_the_body(error: BaseException) -> bool:
