@@ -9,6 +9,7 @@ before the body ran.
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch import nn
 from torchlift import _compat
 from torchlift.code import names_in, of_library
 from torchlift.references import in_cell
+
+_lock = threading.RLock()  # or one thread would take the copies of another for what is to be put back
 
 
 def modules_held(fn: Callable[..., Any]) -> list[nn.Module]:
@@ -61,16 +64,20 @@ class Held:
     @contextmanager
     def again(self) -> Iterator[None]:
         """In this block the modules have copies of what they had; what is done to these is lost."""
-        stood = [(store, dict(store)) for store, _ in self.stores]
-        given = {at: copy.clone() for at, (_, copy, _) in self.copies.items()}
-        try:
-            for store, own in self.stores:
-                store.update({name: given.get(id(buffer)) for name, buffer in own.items()})
+        if not self.stores:
             yield
-        finally:
-            for store, own in stood:
-                store.clear()
-                store.update(own)
+            return
+        with _lock:
+            stood = [(store, dict(store)) for store, _ in self.stores]
+            given = {at: copy.clone() for at, (_, copy, _) in self.copies.items()}
+            try:
+                for store, own in self.stores:
+                    store.update({name: given.get(id(buffer)) for name, buffer in own.items()})
+                yield
+            finally:
+                for store, own in stood:
+                    store.clear()
+                    store.update(own)
 
     def put_back(self) -> None:
         """Undoes what a run did that is to be done in another way."""
