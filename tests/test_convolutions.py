@@ -46,6 +46,14 @@ def test_images_of_any_size_make_one_program_more():
         compare(layers, torch.randn(2, 4, height, width, requires_grad=True))
 
 
+@pytest.mark.parametrize(("batch", "channels"), [(1, 3), (2, 1)])
+def test_one_image_at_a_time_and_one_channel(batch, channels):
+    layers = torchlift.scan_layers([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)])
+    for height, width in ((6, 6), (5, 7), (8, 4)):
+        compare(layers, torch.randn(batch, channels, height, width, requires_grad=True))
+    assert last_report().compilations == 2
+
+
 @pytest.mark.parametrize("conv", [lambda: nn.Conv1d(4, 4, 3, padding=1), lambda: nn.ConvTranspose1d(4, 4, 1)])
 def test_signals_of_any_length(conv):
     layers = torchlift.scan_layers([Block(conv()) for _ in range(2)])

@@ -27,7 +27,7 @@ ROWS = [
     ["groups.py", "nodes.py", "misspelt.py"],
     ["references.py", "given.py"],
     ["code.py", "digests.py"],
-    ["collecting.py", "unseen.py", "held.py"],
+    ["collecting.py", "unseen.py"],
     ["containers.py"],
     ["changes.py"],
     ["pack.py"],

@@ -113,3 +113,18 @@ def test_inside_of_other_containers():
         {"x": 1},
     ):
         assert _tree.flatten_like(other, spec)[1] != spec
+
+
+class Made:
+    """A node that cannot be made of anything."""
+
+    def __init__(self, a):
+        self.a = a + 0
+
+
+torch.utils._pytree.register_pytree_node(Made, lambda made: ([made.a], None), lambda leaves, _: Made(*leaves))
+
+
+def test_a_node_of_another_library_that_changes_is_refused():
+    with pytest.raises(CarryError, match="the carry changed its structure"):
+        torchlift.scan(lambda m, s, x: ([s.a], None), compile=False)(module(), Made(torch.ones(2)), torch.ones(2))

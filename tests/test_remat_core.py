@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from torchlift.engine.policies import checkpoint_name, checkpoint_policies
-from torchlift.engine.recomputing import is_recomputing
-from torchlift.engine.remat import checkpointed
+from torchlift.engine.remat import checkpointed, is_recomputing
 from torchlift.errors import ClosureError
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torchlift.engine.policies import checkpoint_name, checkpoint_policies
-from torchlift.engine.recomputing import inline_remat
-from torchlift.engine.remat import checkpointed
+from torchlift.engine.remat import checkpointed, inline_remat
 from torchlift.errors import UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("float64")

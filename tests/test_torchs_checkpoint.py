@@ -17,7 +17,7 @@ G = {"backend": "aot_eager"}
 
 
 def products(ctx, op, *args, **kwargs):
-    kept = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+    kept = not ctx.is_recompute and op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -38,7 +38,15 @@ class Bare(Layer):
 
 
 SELECTIVE = functools.partial(create_selective_checkpoint_contexts, products)
-OPTIONS = {"all": {}, "a policy": {"context_fn": SELECTIVE}, "no rng": {"preserve_rng_state": False}}
+BY_NAME = functools.partial(create_selective_checkpoint_contexts, policy_fn_or_list=products)
+LISTED = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+OPTIONS = {
+    "all": {},
+    "a policy": {"context_fn": SELECTIVE},
+    "a policy by name": {"context_fn": BY_NAME},
+    "operators": {"context_fn": LISTED},
+    "no rng": {"preserve_rng_state": False},
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -49,10 +57,11 @@ def test_what_is_computed_again_is_not_kept(name, float64):
     grads = [torch.autograd.grad(layers(x).square().sum(), [x, *layers.parameters()]) for layers in twins]
     torch.testing.assert_close(*grads)
     kept, all_of_it = (torchlift.explain(layers, x).loops[0].saved_bytes for layers in twins)
+    selective = "context_fn" in OPTIONS[name]
     products_alone = 5 * 16 * 8  # the other one is not needed
-    assert kept == (products_alone if name == "a policy" else 0) < all_of_it
+    assert kept == (products_alone if selective else 0) < all_of_it
     like = torchlift.scan_layers(
-        [Bare() for _ in range(3)], remat=True, policy=products if name == "a policy" else None, compile=G
+        [Bare() for _ in range(3)], remat=True, policy=products if selective else None, compile=G
     )
     assert torchlift.explain(like, x).loops[0].saved_bytes == kept
 

@@ -7,7 +7,7 @@ batch statistics and random draws taken care of.
 from torchlift.applying import apply
 from torchlift.axes import all_gather, axis_index, pmax, pmean, pmin, psum
 from torchlift.engine.policies import checkpoint_name, checkpoint_policies
-from torchlift.engine.recomputing import is_recomputing
+from torchlift.engine.remat import is_recomputing
 from torchlift.errors import (
     AliasError,
     ArgumentError,

@@ -341,9 +341,11 @@ def checkpoints_seen(enter: Callable[[Any], contextlib.AbstractContextManager[No
     thread, begin = threading.get_ident(), checkpoint._checkpoint_without_reentrant_generator
 
     def around(fn: Any, preserve: bool, context_fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-        inner = context_fn.args if isinstance(context_fn, functools.partial) else ()
-        selective = getattr(context_fn, "func", None) is checkpoint.create_selective_checkpoint_contexts
-        policy = inner[0] if selective and inner and callable(inner[0]) else None
+        policy: Any = None
+        if getattr(context_fn, "func", None) is checkpoint.create_selective_checkpoint_contexts:
+            policy = (*context_fn.args, *context_fn.keywords.values())[0]  # a function, or operators to keep
+        if isinstance(policy, (list, tuple)):
+            policy = functools.partial(_is_among, frozenset(policy))
         if threading.get_ident() != thread or (policy is None and context_fn is not checkpoint.noop_context_fn):
             yield from begin(fn, preserve, context_fn, *args, **kwargs)
         else:
@@ -352,6 +354,10 @@ def checkpoints_seen(enter: Callable[[Any], contextlib.AbstractContextManager[No
 
     with patch.object(checkpoint, "_checkpoint_without_reentrant_generator", around):
         yield
+
+
+def _is_among(kept: frozenset[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
+    return op in kept
 
 
 class Inductor:
@@ -460,14 +466,22 @@ class Inductor:
             return _inductor_compile(graph, inputs, native, is_backward=True)
 
 
-def _convolutions_of_any_size() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _convolutions_of_any_size() -> Iterator[None]:
     """Before Inductor calls torch for the backward of a convolution, it would make the sizes of the input constants."""
     from torch._inductor.kernel import conv
     from torch._inductor.lowering import lowerings
 
-    called = getattr(conv, "aten_convolution_backward_fallback", None)  # not there before torch 2.13
-    found = {} if called is None else {torch.ops.aten.convolution_backward.default: called}
-    return patch.dict(lowerings, found)
+    op = torch.ops.aten.convolution_backward.default
+    before = lowerings.get(op)
+    called = getattr(conv, "aten_convolution_backward_fallback", before)  # not there before torch 2.13
+    try:  # that key alone: others may add lowerings meanwhile
+        if called is not None:
+            lowerings[op] = called
+        yield
+    finally:
+        if before is not None:
+            lowerings[op] = before
 
 
 def _inductor_compile(

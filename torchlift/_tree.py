@@ -86,7 +86,11 @@ def flatten_like(tree: Any, like: Spec) -> tuple[list[Any], Spec]:
     leaves, spec = flatten(tree)
     if spec == like or len(leaves) != leaf_count(like):
         return leaves, spec
-    return flatten(_in_order(tree, unflatten([None] * len(leaves), like)))
+    try:
+        shape = unflatten([None] * len(leaves), like)
+    except Exception:  # of a class that is not made of anything: what is no plain dict has no other order
+        return leaves, spec
+    return flatten(_in_order(tree, shape))
 
 
 def leaf_count(spec: Spec) -> int:
@@ -170,7 +174,11 @@ def kind(tree: Any) -> str:
 def paths(tree: Any) -> list[str]:
     """A readable path for each leaf of ``tree``, in the order of :func:`flatten`."""
     found: list[str] = []
-    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+    try:
+        named = pytree.tree_flatten_with_path(tree)[0]
+    except ValueError:  # of a class that was registered without names for what is in it
+        return [f"[{number}]" for number in range(len(flatten(tree)[0]))]
+    for path, leaf in named:
         here = pytree.keystr(path)
         if is_node(leaf):
             for field in dataclasses.fields(leaf):

@@ -60,8 +60,8 @@ def of_packed(packed: Packed, skip: Sequence[str] = ()) -> Hashable:
     classes = dict.fromkeys(class_of(node.module) for node in packed.nodes)
     contents = tuple([of_class(cls) for cls in classes if not of_library(cls)])
     # Of a class of torch's own a method that was replaced.
-    known = [function_in(cls.forward) for cls in classes if of_library(cls)]
-    contents += tuple([_outline(forward) for forward in known if forward is not None and not of_library(forward)])
+    known = [cls.forward for cls in classes if of_library(cls)]
+    contents += tuple([_outline(forward) for forward in known if not of_library(function_in(forward) or type(forward))])
     axes = tuple((axis.name, axis.size, axis.group) for axis in packed.context["axes"])
     beside = _tree.beside_fields(packed.spec)
     built = (_tree.form(packed.spec), of_value(beside) if beside else None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from torchlift import _compat
 from torchlift._compat import TorchDispatchMode, pytree
@@ -31,7 +31,7 @@ from torchlift.engine.policies import Policy, checkpoint_policies, verdict_of
 from torchlift.engine.products import join_products
 from torchlift.engine.quiet import quiet
 from torchlift.engine.reached import Reached
-from torchlift.engine.recomputing import inline_remat
+from torchlift.engine.remat import inline_remat
 from torchlift.engine.signature import Graphs, Signature
 from torchlift.engine.spans import Recorder
 from torchlift.engine.trees import Template, Tree, split
@@ -336,6 +336,9 @@ class _Regions:
             self.inside = False
 
 
+_FIRST = SelectiveCheckpointContext(is_recompute=False)
+
+
 def _tag(joint: torch.fx.GraphModule, policy: Policy | None, regions: list[Policy]) -> None:
     """Tells the partitioner what to save: by ``policy``, in ``regions`` by theirs.
 
@@ -351,7 +354,7 @@ def _tag(joint: torch.fx.GraphModule, policy: Policy | None, regions: list[Polic
             node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, region
         elif own is not None:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-            node.meta["recompute"] = verdict_of(own, None, node.target, *args, **kwargs)
+            node.meta["recompute"] = verdict_of(own, _FIRST, node.target, *args, **kwargs)
             node.meta["ac_graph_id"] = region
 
 

@@ -13,7 +13,7 @@ from torchlift.engine import compiled
 from torchlift.engine.data import DataAsDetached
 from torchlift.engine.loop import Stacked, Tree, Xs
 from torchlift.engine.plain import CAPTURED, why_not
-from torchlift.engine.recomputing import captures_body
+from torchlift.engine.remat import captures_body
 from torchlift.engine.trees import Template, split
 
 

@@ -32,14 +32,13 @@ class Body:
     ``fn(consts, carry, x) -> (carry, y)`` takes and returns pytrees and is pure, but for draws from torch's default
     generators. ``key`` is a content key: two bodies with equal keys, given inputs of equal signature, compute the
     same thing. ``name`` is for messages. ``names(index)`` tells what the modules that an iteration works on are called
-    in profiler traces. ``around()`` is what ``fn`` may change beside its arguments; see ``remat.checkpointed``.
+    in profiler traces.
     """
 
     fn: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     key: Hashable
     name: str
     names: Callable[[int], Sequence[str]] | None = field(default=None, compare=False)
-    around: Callable[[], Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def plain_run(
 
     pieces: _Pieces = piece
     for size in (every,) if lengths is None else itertools.accumulate((1, *reversed(lengths[1:])), operator.mul):
-        pieces = _in_pieces(pieces, size, remat, body.around)
+        pieces = _in_pieces(pieces, size, remat)
     carry, outs = pieces(consts, carry, tuple(slices[i] for i in order), 0)
     for i, y in zip(order, outs):
         ys[i] = y
@@ -118,12 +117,12 @@ def plain_run(
 _Pieces = Callable[[Tree, Tree, tuple[Tree, ...], int], tuple[Tree, tuple[Tree, ...]]]
 
 
-def _in_pieces(inner: _Pieces, size: int, remat: Any, around: Callable[[], Any] | None) -> _Pieces:
+def _in_pieces(inner: _Pieces, size: int, remat: Any) -> _Pieces:
     """Iterations cut into pieces of ``size``, each run by ``inner`` and, with ``remat``, recomputed in backward."""
     if remat is not None:
         from torchlift.engine.remat import checkpointed
 
-        inner = checkpointed(inner, None if remat is True else remat, around=around)
+        inner = checkpointed(inner, None if remat is True else remat)
 
     def run(consts: Tree, carry: Tree, part: tuple[Tree, ...], first: int) -> tuple[Tree, tuple[Tree, ...]]:
         outs: list[Tree] = []

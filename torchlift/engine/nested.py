@@ -12,7 +12,7 @@ from torchlift.engine.handles import Options, prepare
 from torchlift.engine.inlining import loops_inline, note_nested
 from torchlift.engine.loop import Body, Stacked, Tree, Xs
 from torchlift.engine.operators import OpaqueLoop, forward, laid_out
-from torchlift.engine.recomputing import captures_body
+from torchlift.engine.remat import captures_body
 from torchlift.engine.trees import split
 from torchlift.errors import ClosureError
 

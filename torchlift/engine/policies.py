@@ -2,8 +2,8 @@
 
 NOTE [Policies]. A policy is ``policy(ctx, op, *args, **kwargs)``: ``op`` is an ATen operator and the arguments are
 those it was called with, or ``op`` is ``torch.ops.torchlift.checkpoint_name.default`` and the arguments are a tensor
-and the name that :func:`checkpoint_name` gave it. ``ctx`` is torch's ``SelectiveCheckpointContext``, or None where a
-graph is cut and nothing runs (the arguments are then fake tensors). It returns a
+and the name that :func:`checkpoint_name` gave it. ``ctx`` is torch's ``SelectiveCheckpointContext``; where
+a graph is cut nothing runs, and the arguments are fake tensors. It returns a
 ``torch.utils.checkpoint.CheckpointPolicy``, or a bool: whether to save. Policies that need arguments of their own are
 ``functools.partial``s of plain functions: of all callables with state, these are what Dynamo accepts for a constant
 when a region is made inside compiled code.

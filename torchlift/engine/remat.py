@@ -16,8 +16,9 @@ its recomputation merged with the forward by AOT's common-subexpression eliminat
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,21 +28,59 @@ from torch.utils.checkpoint import checkpoint
 from torchlift import _compat
 from torchlift._compat import pytree
 from torchlift.engine.closures import Closures, ForeignTensor, find_closures
-from torchlift.engine.draws import devices_of, write_states
+from torchlift.engine.draws import States, devices_of, read_states, write_states
 from torchlift.engine.policies import Policy, checkpoint_policies, graph_contexts
-from torchlift.engine.recomputing import Around, Recomputing, inline, inline_remat, states_of
 from torchlift.engine.selective import Recorder, Replayer, Tape
 
 Tensors = tuple[torch.Tensor, ...]
+Annotate = Callable[[Policy | None], AbstractContextManager[Any]]
 
 
-def checkpointed(
-    fn: Callable[..., Any],
-    policy: Policy | None = None,
-    *,
-    name: str = "remat",
-    around: Callable[[], Around] | None = None,
-) -> Callable[..., Any]:
+class _State(threading.local):
+    def __init__(self) -> None:  # in the instance: Dynamo's guards take a class attribute that is set for a new one
+        self.recomputing = False
+        self.inline: Annotate | None = None  # set inside inline_remat
+
+
+_state = _State()
+
+
+def is_recomputing() -> bool:
+    """Whether this code runs again, in a backward, because of :func:`torchlift.remat`.
+
+    A body that counts its calls, logs, or updates something outside of torchlift's variables asks this to do so once
+    a call. In compiled code Python runs once whatever is recomputed, and the answer is that of the surroundings.
+
+    Returns:
+        True inside a recomputation in this thread.
+
+    Example:
+        >>> torchlift.is_recomputing()
+        False
+    """
+    return _state.recomputing
+
+
+@contextmanager
+def inline_remat(annotate: Annotate | None = None) -> Iterator[None]:
+    """In this block and thread, checkpointed functions run as they are, each inside ``annotate(its policy)`` if given.
+
+    For an engine that captures a graph and decides about recomputation in it.
+    """
+    before = _state.inline
+    _state.inline = annotate or (lambda policy: nullcontext())
+    try:
+        yield
+    finally:
+        _state.inline = before
+
+
+def captures_body() -> bool:
+    """Whether this thread is in a block of :func:`inline_remat`: it captures the body of a loop."""
+    return _state.inline is not None
+
+
+def checkpointed(fn: Callable[..., Any], policy: Policy | None = None, *, name: str = "remat") -> Callable[..., Any]:
     """``fn``, keeping its arguments and what ``policy`` says, and computing the rest again in backward.
 
     Args:
@@ -49,7 +88,6 @@ def checkpointed(
             generators, which are repeated. It may use tensors that are not arguments.
         policy: See :class:`checkpoint_policies`; None keeps nothing.
         name: Of the transform, for messages.
-        around: Is asked before each run for what ``fn`` may change beside its arguments, once.
 
     Returns:
         A function of the same arguments, with equal values and gradients.
@@ -68,8 +106,8 @@ def checkpointed(
             if keeps_all or _compat.functorch_active() or _compat.forward_ad_active():
                 return fn(*args, **kwargs)
             return _tagged(fn, context_fn, args, kwargs)
-        if (annotate := inline()) is not None:
-            with annotate(policy):
+        if _state.inline is not None:
+            with _state.inline(policy):
                 return fn(*args, **kwargs)
         # Nor is a recording (``make_fx``) more than the operators, but inside transforms, whose own are among them.
         recorded = _compat.is_recording() and not _compat.functorch_active()
@@ -77,7 +115,7 @@ def checkpointed(
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        return _Region(fn, policy, name, leaves, spec, around and around()).run(tensors)
+        return _Region(fn, policy, name, leaves, spec).run(tensors)
 
     return rematerialised
 
@@ -108,16 +146,13 @@ class _Region:
     An operand list is: the tensors among the arguments, closure tensors, the marker (see :meth:`run_functional`).
     """
 
-    def __init__(
-        self, fn: Callable[..., Any], policy: Policy | None, name: str, leaves: list[Any], spec: Any,
-        around: Around | None,
-    ) -> None:  # fmt: skip
-        self.fn, self.policy, self.name, self.spec, self.around = fn, policy, name, spec, around
+    def __init__(self, fn: Callable[..., Any], policy: Policy | None, name: str, leaves: list[Any], spec: Any) -> None:
+        self.fn, self.policy, self.name, self.spec = fn, policy, name, spec
         self.at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         # Not the tensors: autograd holds those, and knows when to let go of them.
         self.static = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.devices = devices_of(leaves[i] for i in self.at)
-        self.draws = states_of(self.devices)
+        self.draws = _draws(self.devices)
         self.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted({device.type for device in self.devices})
@@ -153,11 +188,11 @@ class _Region:
         """The recomputation of :class:`_Remat`."""
         tensors, rest = operands[: len(self.at)], operands[len(self.at) :]
         with ExitStack() as stack:
-            stack.callback(write_states, states_of(self.devices))
+            stack.callback(write_states, _draws(self.devices))
             write_states(self.draws)
             for kind, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, self.cache_casts))
-            stack.enter_context(Recomputing(around=self.around))
+            stack.enter_context(Recomputing())
             if not self.foreign:
                 return self.split(self.call(tensors))
             closures = stack.enter_context(Closures(tensors, self.foreign, rest))
@@ -183,13 +218,8 @@ class _Region:
             if not self.hooks or "saved tensor hooks" not in str(error):
                 raise
         self.hooks = False
-        self.start_again()
-        return self.join(self.run_operands(tensors))
-
-    def start_again(self) -> None:
         write_states(self.draws)
-        if self.around is not None:
-            self.around.put_back()
+        return self.join(self.run_operands(tensors))
 
     def run_operands(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         """The tensors of the result.
@@ -217,13 +247,44 @@ class _Region:
         finally:
             self.outer = []
         self.watch = False
-        self.start_again()
-        with torch.no_grad(), inline_remat(), Recomputing(around=self.around):
+        write_states(self.draws)
+        with torch.no_grad(), inline_remat(), Recomputing():
             # Aliases, so that an argument that the body also meets by a closure is told apart.
             given = [tensor.view_as(tensor) for tensor in tensors]
             self.foreign = find_closures(self.name, self.fn, self.call, given)
         write_states(self.draws)
         return _apply(call, *tensors, *self.foreign, *markers)
+
+
+def _draws(devices: tuple[torch.device, ...]) -> States:
+    # Inside a transform even a generator's state comes wrapped.
+    return tuple((device, _compat.plain(state)) for device, state in read_states(devices))
+
+
+class Recomputing:
+    """Marks a recomputation; with a replayer, hands back what the policy kept. Entered anew by each backward.
+
+    With ``draws`` it starts from those states, and puts the generators back where they stood (NOTE [Mutex]).
+    """
+
+    def __init__(self, replayer: Replayer | None = None, draws: States = ()) -> None:
+        self.replayer, self.draws = replayer, draws
+
+    def __enter__(self) -> None:
+        self.stood = _draws(tuple(device for device, _ in self.draws))
+        write_states(self.draws)
+        self.before = _state.recomputing
+        _state.recomputing = True
+        if self.replayer is not None:
+            self.replayer.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _state.recomputing = self.before
+        try:
+            if self.replayer is not None:
+                self.replayer.__exit__(*error)
+        finally:
+            write_states(self.stood)
 
 
 # --- ordinary autograd --------------------------------------------------------------------------------------------
@@ -234,7 +295,7 @@ def _with_hooks(call: _Call, operands: Tensors) -> Tensors:
     failure: BaseException | None = None
     ran = False
     run = call.hooked or call.first
-    draws = states_of(devices_of(operands))  # closures may lie elsewhere than arguments
+    draws = _draws(devices_of(operands))  # closures may lie elsewhere than arguments
 
     def body(*operands: torch.Tensor) -> Any:
         nonlocal failure, ran
@@ -250,9 +311,9 @@ def _with_hooks(call: _Call, operands: Tensors) -> Tensors:
 
     def contexts() -> tuple[Any, Any]:
         if call.region.policy is None:
-            return nullcontext(), Recomputing(None, draws, call.region.around)
+            return nullcontext(), Recomputing(draws=draws)
         tape = Tape()
-        return Recorder(tape, call.region.policy), Recomputing(Replayer(tape), draws, call.region.around)
+        return Recorder(tape, call.region.policy), Recomputing(Replayer(tape), draws)
 
     try:
         out = checkpoint(body, *operands, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)

@@ -14,7 +14,7 @@ from torchlift import _compat, _tree, rng
 from torchlift._context import entered
 from torchlift.changes import Meta, Update
 from torchlift.engine.draws import States, devices_of, read_states, write_states
-from torchlift.engine.recomputing import Recomputing
+from torchlift.engine.remat import Recomputing
 from torchlift.errors import DifferentiationError, FunctionTargetError, UnsupportedError
 from torchlift.filters import Filter, check, matches
 from torchlift.lifting import is_module_class

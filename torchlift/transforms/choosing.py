@@ -49,7 +49,7 @@ def truth(value: Any, what: str, label: str) -> Any:
     """
     if isinstance(value, Tensor):
         return value
-    if not _compat.is_compiling() and (value is None or not hasattr(type(value), "__bool__")):
+    if value is None or (not _compat.is_compiling() and not hasattr(type(value), "__bool__")):
         raise BranchError(f"{label}: {what} is {value!r}, expected a number or a tensor of one element")
     return bool(value)
 
@@ -90,6 +90,7 @@ def run_guarded(
     """``run(operands)``, of which the first ``count`` are variables, with the guards that the choice asks for.
 
     What calls a collective runs once more, without: other rows see what this one computed, whatever it chose itself.
+    Nothing of the first run is kept but what its Python code did by itself.
     """
     before, again = context.collectives, drawing_again(operands)
     with refusing_draws(label):

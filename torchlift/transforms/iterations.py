@@ -31,7 +31,6 @@ from torchlift.errors import (
 )
 from torchlift.given import by_value
 from torchlift.groups import Groups
-from torchlift.held import Held
 from torchlift.pack import Packed
 from torchlift.transforms.compiling import constant, settings, static_of, token
 from torchlift.transforms.lengths import broadcast, length_of
@@ -116,10 +115,6 @@ class Iterations:
                 raise
         new_carry, ys = self._checked(out, carry[1])
         return self._sorted(tensors, update, new_carry, ys)
-
-    def around(self) -> Held:
-        """What a recomputation of the body leaves alone."""
-        return Held(self.packed.fn)
 
     def _note(self, error: Exception, leaves: Sequence[Any]) -> None:
         """Adds to an error of a body which iteration it was, and what that was given: the wrong axis, easily."""
@@ -281,7 +276,7 @@ class Iterations:
                     return None
                 state, leaves = out
             else:
-                body = loop.Body(self.body, self.label, self.label, around=self.around)
+                body = loop.Body(self.body, self.label, self.label)
                 (state, leaves), ys = loop.plain_run(body, consts, carry, xs, length, **_plain_options(options))
         else:
             key: Any = self.label
@@ -291,7 +286,7 @@ class Iterations:
                 compile = False
                 warn_plain(self.label, error)
             drawn = rng.default_states() if any(s == rng.DROPOUT for s, _ in packed.refused) else None
-            body = loop.Body(self.body, key, self.label, self.names, self.around)
+            body = loop.Body(self.body, key, self.label, self.names)
             states = rng.default_states()
             try:
                 (state, leaves), ys = run(body, consts, carry, xs, length, compile=compile, **options)

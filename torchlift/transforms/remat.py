@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ from torchlift import _compat, _tree, fingerprint, rng
 from torchlift._context import context, entered
 from torchlift.changes import Meta, Update
 from torchlift.contents import Contents
-from torchlift.engine.recomputing import is_recomputing
-from torchlift.engine.remat import checkpointed
+from torchlift.engine.remat import checkpointed, is_recomputing
 from torchlift.filters import Filter, check, matches
-from torchlift.held import Held
 from torchlift.lifting import Target, Transform, lift
 from torchlift.pack import Packed
 from torchlift.transforms.options import check_policy
@@ -66,13 +63,7 @@ class _Remat(Transform):
         # Dynamo lets the body of a checkpoint change nothing around it: while someone captures what is sown, compiled
         # code keeps the intermediate values; and where an object may be changed, which no graph can take back.
         once = _compat.is_compiling() and (context.captures or objects)
-        body = (
-            run
-            if once
-            else checkpointed(
-                run, self.policy, name=label, around=None if _compat.is_compiling() else partial(Held, fn)
-            )
-        )
+        body = run if once else checkpointed(run, self.policy, name=label)
         flat, static = body(packed.snapshot(), leaves)
         if contents:
             contents.ran()
@@ -85,7 +76,7 @@ class _Remat(Transform):
 def _with_meaning(own: Any) -> Any:
     """The arguments of one method, without those that are accepted and have no meaning."""
     accepted = {"concrete", "prevent_cse", "static_argnums", "static_argnames"}
-    return {key: own[key] for key in own if key not in accepted} if isinstance(own, Mapping) else own
+    return {key: own[key] for key in own if key not in accepted} if isinstance(own, dict) else own
 
 
 @dataclass(frozen=True)
@@ -112,8 +103,7 @@ def checkpoint(
 
     The lifted counterpart of ``jax.checkpoint`` (and of ``flax.linen.remat``), also under the name ``remat``. Unlike
     ``torch.utils.checkpoint`` it works under ``torch.func.grad``, ``vjp`` and ``vmap``, and updates batch statistics
-    once, also those of modules that the body reaches by a closure. Under an outer ``torch.func`` transform nothing but
-    the arguments is kept, whatever the policy.
+    once. Under an outer ``torch.func`` transform nothing but the arguments is kept, whatever the policy.
     An object among the arguments that the body fills, as a cache of keys and values, is found again as it was at first;
     what it puts into a list, dict or dataclass there is put into the caller's, once.
 

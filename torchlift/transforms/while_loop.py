@@ -14,13 +14,11 @@ from torchlift.axes import PartialAxisError
 from torchlift.changes import Change, Meta, Update
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.draws import write_states
-from torchlift.engine.recomputing import is_recomputing
-from torchlift.engine.remat import checkpointed
+from torchlift.engine.remat import checkpointed, is_recomputing
 from torchlift.engine.rows import Rows
 from torchlift.errors import AxisError, CarryError, UnsupportedError
 from torchlift.filters import Filter, check
 from torchlift.groups import Groups
-from torchlift.held import Held
 from torchlift.pack import Packed
 from torchlift.transforms.choosing import (
     as_tensor,
@@ -182,11 +180,7 @@ class _While:
             with entered(streams=streams) if is_recomputing() else entered():
                 return self.once(operands)
 
-        policy, around = None if self.remat is True else self.remat, None if _compat.is_compiling() else self._around
-        return checkpointed(once, policy, name=self.label, around=around)
-
-    def _around(self) -> Held:
-        return Held(self.body.fn)
+        return checkpointed(once, None if self.remat is True else self.remat, name=self.label)
 
     def _note(self, result: tuple[list[Tensor], Update], everywhere: bool = True) -> list[Tensor]:
         """Keeps of an iteration what its body did to variables."""
