@@ -18,7 +18,6 @@ class _Context(threading.local):
         self.streams: dict[str, tuple[int, int]] = {}  # name -> (seed, generators made so far)
         self.refused: tuple[tuple[str, str], ...] = ()  # (stream, why and what to add)
         self.axes: tuple[Any, ...] = ()  # axes.NamedAxis, innermost last
-        self.collectives = 0  # how many were called
 
 
 context = _Context()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchlift import _compat, _tree
-from torchlift._context import context
 from torchlift.errors import AxisError, UnsupportedError
 from torchlift.named_axes import NamedAxis, Names, find
 
@@ -189,7 +188,6 @@ def _operands(axis: NamedAxis) -> tuple[Tensor, int, str | None]:
 def _mapped(where: str, names: Names, x: Any, one: Callable[[Tensor, NamedAxis], Tensor]) -> Any:
     """``x``, a tree, with ``one`` applied to each leaf for each axis, the last one first."""
     found = find(names, where)
-    context.collectives += 1
     if _compat.is_compiling():
         _allow()
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from torchlift import _compat, rng
-from torchlift._context import context
 from torchlift.engine.capture import CaptureError
 from torchlift.engine.draws import States, devices_of, read_states, write_states
 from torchlift.engine.rows import Rows
 from torchlift.errors import BranchError, TransformTargetError
+from torchlift.named_axes import around
 from torchlift.transforms.calls import unbound
 
 _NUMBERS = (bool, int, float, complex)
@@ -77,28 +77,20 @@ def guarded(tensors: Sequence[Tensor], taken: Tensor) -> list[Tensor]:
     """``tensors``, through which no gradient comes back from a branch that was not taken.
 
     NOTE [No NaN from a select]. The gradient of a select is zero in the branch not taken, and zero times infinity is
-    NaN. So it is selected once more on its way out. What a branch reaches by a closure has no such guard.
+    NaN. So it is selected once more on its way out. What a branch reaches by a closure has no such guard. Nor has what
+    lies in a named axis, where collectives are called: what a row computes there others see, whatever it chose itself.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or around():
         return list(tensors)
     return [torch.where(taken, x, x.detach()) if x.is_floating_point() or x.is_complex() else x for x in tensors]
 
 
-def run_guarded(
-    run: Callable[[list[Tensor]], Any], operands: Sequence[Tensor], count: int, taken: Tensor, label: str
-) -> Any:
-    """``run(operands)``, of which the first ``count`` are variables, with the guards that the choice asks for.
+def guarded_variables(tensors: Sequence[Tensor], taken: Tensor) -> list[Tensor]:
+    """The same for variables, but not where a ``torch.func`` transform is around.
 
-    What calls a collective runs once more, without: other rows see what this one computed, whatever it chose itself.
-    Nothing of the first run is kept but what its Python code did by itself.
+    A predicate that is mapped would make a copy of each for each row.
     """
-    before, again = context.collectives, drawing_again(operands)
-    with refusing_draws(label):
-        found = run([*guarded_variables(operands[:count], taken), *guarded(operands[count:], taken)])
-        if context.collectives != before and torch.is_grad_enabled():
-            again()
-            found = run(list(operands))
-    return found
+    return list(tensors) if _compat.functorch_active() else guarded(tensors, taken)
 
 
 def drawing_again(tensors: Sequence[Tensor]) -> Callable[[], None]:
@@ -111,14 +103,6 @@ def drawing_again(tensors: Sequence[Tensor]) -> Callable[[], None]:
         rng.rewind(positions)
 
     return again
-
-
-def guarded_variables(tensors: Sequence[Tensor], taken: Tensor) -> list[Tensor]:
-    """The same for variables, but not where a ``torch.func`` transform is around.
-
-    A predicate that is mapped would make a copy of each for each row.
-    """
-    return list(tensors) if _compat.functorch_active() else guarded(tensors, taken)
 
 
 def label_of(name: str, mdl: Any) -> str:

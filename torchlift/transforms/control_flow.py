@@ -24,9 +24,11 @@ from torchlift.transforms.choosing import (
     draw_states,
     drawing_again,
     functions_of,
+    guarded,
+    guarded_variables,
     label_of,
     look,
-    run_guarded,
+    refusing_draws,
     truth,
 )
 
@@ -138,11 +140,10 @@ class _Choice:
         forms: list[_Form] = []
         found: list[list[Tensor]] = []
         for number in range(len(self.names)):
-
-            def branch(operands: list[Tensor], number: int = number) -> tuple[_Form, list[Tensor]]:
-                return self._run_one(number, operands, forms)
-
-            form, tensors = run_guarded(branch, self.operands, count, index == number, self.label)
+            taken = index == number
+            operands = [*guarded_variables(self.operands[:count], taken), *guarded(self.operands[count:], taken)]
+            with refusing_draws(self.label):
+                form, tensors = self._run_one(number, operands, forms)
             forms.append(form)
             found.append(tensors)
         columns = self._aligned(forms, found, lambda _, entry: self.operands[entry])

@@ -26,9 +26,11 @@ from torchlift.transforms.choosing import (
     draw_states,
     drawing_again,
     functions_of,
+    guarded,
+    guarded_variables,
     label_of,
     look,
-    run_guarded,
+    refusing_draws,
     truth,
 )
 
@@ -206,7 +208,9 @@ class _While:
 
     def _select_step(self, step: Any, operands: list[Tensor], going: Tensor) -> list[Tensor]:
         """An iteration whose results are kept where the condition holds."""
-        new = self._note(run_guarded(step, operands, self.count, going, self.label), everywhere=False)
+        given = [*guarded_variables(operands[: self.count], going), *guarded(operands[self.count :], going)]
+        with refusing_draws(self.label):
+            new = self._note(step(given), everywhere=False)
         old = [operands[at] for at in self.moving]
         return [torch.where(going, value, was) for value, was in zip(new, old, strict=True)]
 
