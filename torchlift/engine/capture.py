@@ -234,8 +234,8 @@ def trace(
         return [out.clone() if aliased or out._is_view() else out for out, aliased in zip(laid, seen.aliased)]
 
     regions = _Regions()
-    marking = inline_remat(regions.enter), _compat.checkpoints_seen(regions.enter)
-    with quiet(), marking[0], marking[1], torch.set_grad_enabled(train):
+    marking = _compat.checkpoints_seen(regions.enter)
+    with quiet(), marking, inline_remat(regions.enter), torch.set_grad_enabled(train):
         joint = _compat.joint_graph(flat, fakes, train, inductor)
     spans.tell(joint)
     _require_whole(joint)
