@@ -62,7 +62,7 @@ def test_signals_of_any_length(conv):
     assert last_report().path == "compiled"
 
 
-def test_gaps_in_what_is_saved_are_refused_where_sizes_may_change(monkeypatch):
+def test_gaps_in_what_is_saved_are_refused_where_sizes_may_change():
     """Programs for one size serve then; see ``_restride``."""
     value = torch.empty(4, 6)
     mode = torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())

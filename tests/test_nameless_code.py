@@ -50,9 +50,11 @@ def changes(space):
 
 
 def test_layers_follow_it(space):
-    layers, x = torchlift.scan_layers([space["Layer"]() for _ in range(3)], compile={"backend": "aot_eager"}), None
+    layers, x = (
+        torchlift.scan_layers([space["Layer"]() for _ in range(3)], compile={"backend": "aot_eager"}),
+        torch.ones(2, 4),
+    )
     for _ in changes(space):
-        x = torch.ones(2, 4)
         torch.testing.assert_close(layers(x), nn.Sequential(*layers)(x))
 
 

@@ -41,10 +41,6 @@ def over_time(**options):
     return lambda x: cell(x, x.expand(3, 2, 4))[1].sum(0)
 
 
-def lifted(transform, *args, **kwargs):
-    return lambda x: transform(lambda m, x: m(x), *args, **kwargs)(Block(), x)
-
-
 CALLS = {
     **{
         f"scan_layers {name}": lambda options=options: layers(**options)
@@ -84,7 +80,9 @@ CALLS = {
         )[1]
     ),
     "vjp": lambda: lambda x: torchlift.vjp(lambda m, x: m(x), Block(), x)[0],
-    "custom_vjp": lambda: lifted(torchlift.custom_vjp, lambda m, x: (m(x), x), lambda r, ct: ({}, ct)),
+    "custom_vjp": lambda: (
+        lambda x: torchlift.custom_vjp(lambda m, x: m(x), lambda m, x: (m(x), x), lambda r, ct: ({}, ct))(Block(), x)
+    ),
 }
 
 

@@ -84,7 +84,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
 def flatten_like(tree: Any, like: Spec) -> tuple[list[Any], Spec]:
     """:func:`flatten`, with the keys of dicts in the order of those in ``like``: which is first is no structure."""
     leaves, spec = flatten(tree)
-    if spec == like or len(leaves) != leaf_count(like):
+    if spec == like or len(leaves) != _leaf_count(like):
         return leaves, spec
     try:
         shape = unflatten([None] * len(leaves), like)
@@ -93,9 +93,9 @@ def flatten_like(tree: Any, like: Spec) -> tuple[list[Any], Spec]:
     return flatten(_in_order(tree, shape))
 
 
-def leaf_count(spec: Spec) -> int:
+def _leaf_count(spec: Spec) -> int:
     """How many leaves a tree has; that of ``(args, kwargs)``, of whatever number, has no count."""
-    return sum(1 if part is None else leaf_count(part[2]) for part in spec.inner)
+    return sum(1 if part is None else _leaf_count(part[2]) for part in spec.inner)
 
 
 def _in_order(tree: Any, like: Any) -> Any:

@@ -336,7 +336,7 @@ class _Regions:
             self.inside = False
 
 
-_FIRST = SelectiveCheckpointContext(is_recompute=False)
+_FIRST = SelectiveCheckpointContext(is_recompute=False)  # for policies that ask: a graph is cut for the first run
 
 
 def _tag(joint: torch.fx.GraphModule, policy: Policy | None, regions: list[Policy]) -> None:
