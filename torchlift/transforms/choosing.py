@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlift import _compat, rng
+from torchlift import _compat
 from torchlift.engine.capture import CaptureError
-from torchlift.engine.draws import States, devices_of, read_states, write_states
+from torchlift.engine.draws import States, devices_of, read_states
 from torchlift.engine.rows import Rows
 from torchlift.errors import BranchError, TransformTargetError
 from torchlift.named_axes import around
@@ -91,18 +91,6 @@ def guarded_variables(tensors: Sequence[Tensor], taken: Tensor) -> list[Tensor]:
     A predicate that is mapped would make a copy of each for each row.
     """
     return list(tensors) if _compat.functorch_active() else guarded(tensors, taken)
-
-
-def drawing_again(tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """What makes draws begin again from where they are now; in a graph those of seeded streams only."""
-    start, positions = None if _compat.is_tracing() else draw_states(tensors), rng.positions()
-
-    def again() -> None:
-        if start is not None:
-            write_states(start)
-        rng.rewind(positions)
-
-    return again
 
 
 def label_of(name: str, mdl: Any) -> str:

@@ -22,7 +22,6 @@ from torchlift.transforms.choosing import (
     as_tensor,
     describe,
     draw_states,
-    drawing_again,
     functions_of,
     guarded,
     guarded_variables,
@@ -85,11 +84,7 @@ class _Choice:
             self.packed.hand_over(self.packed.filled)
             return out
         if index.rows is not None and index.values is not None:
-            again = drawing_again(self.operands)
-            try:
-                return self._run_rows(index.rows, index.values)
-            except PartialAxisError:  # a collective is of all rows, whatever these choose
-                again()
+            return self._run_rows(index.index, index.rows, index.values)
         return self._run_all(index.index)
 
     def _run_one(self, number: int, operands: Sequence[Tensor], others: Sequence[_Form]) -> tuple[_Form, list[Tensor]]:
@@ -109,7 +104,7 @@ class _Choice:
         kinds = [describe(tensor) for tensor in tensors]
         return _Form(self.names[number], spec, paths, static, update.meta, sown_spec, kinds, changes), tensors
 
-    def _run_rows(self, rows: Rows, values: Tensor) -> Any:
+    def _run_rows(self, index: Tensor, rows: Rows, values: Tensor) -> Any:
         """Each branch, on the rows that chose it."""
         start, positions = draw_states(self.operands), rng.positions()
         ends = dict(positions)
@@ -127,7 +122,12 @@ class _Choice:
                 forms.append(form)
                 return tensors
 
-            found.append(rows.run(branch, self.operands, here))
+            try:
+                found.append(rows.run(branch, self.operands, here))
+            except PartialAxisError:  # a collective is of all rows, whatever these choose
+                write_states(start)
+                rng.rewind(positions)
+                return self._run_all(index)
             ends = {name: max(end, rng.positions()[name]) for name, end in ends.items()}
         rng.rewind(ends)
         columns = self._aligned(forms, found, lambda branch, entry: rows.take(self.operands[entry], at[branch]))

@@ -24,7 +24,6 @@ from torchlift.transforms.choosing import (
     as_tensor,
     describe,
     draw_states,
-    drawing_again,
     functions_of,
     guarded,
     guarded_variables,
@@ -143,11 +142,12 @@ class _While:
             elif seen.values is not None and not seen.values.any():
                 break
             elif seen.rows is not None and seen.values is not None:
-                rows, again = seen.rows, drawing_again(operands)
+                rows, start, positions = seen.rows, draw_states(operands), rng.positions()
                 try:
                     new = self._rows_step(step, operands, rows, seen.values)
                 except PartialAxisError:  # a collective is of all rows, also of those that are done
-                    again()
+                    write_states(start)
+                    rng.rewind(positions)
                     new = self._select_step(step, operands, seen.index != 0)
             else:
                 new = self._select_step(step, operands, seen.index != 0)
